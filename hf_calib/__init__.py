@@ -1,0 +1,49 @@
+"""Calibration for Hugging Face models: fit it in one command, keep it in the model repo, trust the scores.
+
+Importing registers `CalibTransformer` with the Auto classes. Everything else is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from .models import register as _register
+from .version import __version__
+
+
+_MODULES = {
+    "attaching": ("attach_calibrator", "attached_calibrator", "detach_calibrator", "uncalibrated"),
+    "calibrators": (
+        "CALIBRATORS",
+        "AutoCalibrator",
+        "Calibrator",
+        "IdentityCalibration",
+        "IsotonicCalibration",
+        "TemperatureScaling",
+        "select_calibrator",
+    ),
+    "docstrings": ("docstring_dataset",),
+    "folding": ("apply_calibrator", "fold_calibrator", "unfold_calibrator"),
+    "hub": ("load_calibrated", "push_calibrated", "save_calibrated"),
+    "losses": ("LOSSES",),
+    "models": ("CalibTransformerConfig", "CalibTransformerEncoderModel", "CalibTransformerForSequenceClassification"),
+    "predictions": ("Predictions", "collect_predictions"),
+    "report": ("CalibrationReport", "evaluate_calibration"),
+    "training": ("CalibrationTrainer", "CalibrationTrainingArguments"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,143 @@
+"""A calibrator attached to a model: the same object, with calibrated `outputs.logits`.
+
+A forward hook applies it, and a submodule holds it, so that it moves with the model. Its tensors are non-persistent
+buffers: no key of theirs reaches the weights file. What a model is asked to save, it saves with the calibrator's files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .calibrators import Calibrator
+from .calibrators.storage import weights_sha256, write_calibrator
+
+
+SUBMODULE = "hf_calib_calibrator"
+FOLDED_KEY = "hf_calib_folded"  # in the model's config: it travels with the weights, and so knows what they are
+
+
+class _Attached(nn.Module):
+    """What a calibrated model carries: the calibrator and whether it is suspended."""
+
+    def __init__(self, calibrator: Calibrator):
+        super().__init__()
+        self.calibrator = calibrator
+        self.suspended = False
+
+
+def attach_calibrator(model: nn.Module, calibrator: Calibrator) -> nn.Module:
+    """Makes the model's `outputs.logits` calibrated, whoever calls it: pipelines, `Trainer.predict`, your own code.
+
+    A loss that the model computes inside `forward` still sees the raw logits, so training is not disturbed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any model with `logits` of as many classes as the calibrator knows.
+        calibrator ([`Calibrator`]): fitted; the model gets a copy.
+    Returns:
+        the same model object.
+    Raises:
+        ValueError: the model is calibrated already, the calibrator is not fitted, or their labels differ.
+    """
+    check_can_calibrate(model, calibrator)
+    model.add_module(SUBMODULE, _Attached(_own_copy(model, calibrator)).to(model.device))
+    model._hf_calib_hook = model.register_forward_hook(_calibrate_output)
+    model.save_pretrained = MethodType(_save_with_calibrator, model)
+    return model
+
+
+def detach_calibrator(model: nn.Module) -> nn.Module:
+    """Undoes `attach_calibrator`: the same model object with its raw logits; a ValueError when nothing is attached."""
+    if attached_calibrator(model) is None:
+        raise ValueError("model: no calibrator is attached to it")
+    model._hf_calib_hook.remove()
+    del model._hf_calib_hook, model.save_pretrained, model._modules[SUBMODULE]
+    return model
+
+
+def attached_calibrator(model: nn.Module) -> Calibrator | None:
+    """The calibrator that is attached to this model, if one is."""
+    attached = model._modules.get(SUBMODULE)
+    return None if attached is None else attached.calibrator
+
+
+def mark_folded(model: nn.Module, calibrator: Calibrator) -> None:
+    """Remembers that these weights hold this calibrator: on the object, and in the config that is saved with them."""
+    model._hf_calib_folded = _own_copy(model, calibrator)
+    setattr(model.config, FOLDED_KEY, calibrator.name)
+    model.save_pretrained = MethodType(_save_with_calibrator, model)
+
+
+def forget_folded(model: nn.Module) -> None:
+    """Undoes `mark_folded`."""
+    delattr(model.config, FOLDED_KEY)
+    del model._hf_calib_folded, model.save_pretrained
+
+
+def folded_calibrator(model: nn.Module) -> Calibrator | None:
+    """The calibrator that is folded into this model's weights, if this library folded or loaded it."""
+    return getattr(model, "_hf_calib_folded", None)
+
+
+@contextmanager
+def uncalibrated(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, every attached calibrator in the model is suspended: its logits are the raw ones."""
+    attached = [module for module in model.modules() if isinstance(module, _Attached)]
+    before = [module.suspended for module in attached]
+    for module in attached:
+        module.suspended = True
+    try:
+        yield model
+    finally:
+        for module, suspended in zip(attached, before, strict=True):
+            module.suspended = suspended
+
+
+def check_can_calibrate(model: nn.Module, calibrator: Calibrator) -> None:
+    """Raises a ValueError unless this calibrator fits this model and nothing calibrates the model yet."""
+    if calibrator.num_labels is None:
+        raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; call fit first")
+    if attached_calibrator(model) is not None:
+        raise ValueError("model: a calibrator is attached to it already; detach_calibrator(model) first")
+    if getattr(model.config, FOLDED_KEY, None):
+        raise ValueError("model: a calibrator is folded into its weights already; unfold_calibrator(model) first")
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if calibrator.num_labels != len(names) or calibrator.label_names not in (None, names):
+        known = calibrator.label_names or f"{calibrator.num_labels} unnamed labels"
+        raise ValueError(f"calibrator: it was fitted for {known}; allowed are the model's labels {names}")
+
+
+def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
+    """A copy that knows the model's label names, so that whoever loads it can tell what its columns are."""
+    calibrator = copy.deepcopy(calibrator)
+    calibrator.label_names = [model.config.id2label[index] for index in range(calibrator.num_labels)]
+    return calibrator
+
+
+def _calibrate_output(model: nn.Module, args: tuple, output: Any) -> Any:
+    attached = model._modules[SUBMODULE]
+    if attached.suspended:
+        return output
+    if isinstance(output, tuple):  # return_dict=False: (loss, logits, ...) or (logits, ...)
+        position = 1 if output[0].dim() == 0 else 0
+        return (*output[:position], attached.calibrator(output[position]), *output[position + 1 :])
+    output["logits"] = attached.calibrator(output["logits"])
+    return output
+
+
+def _save_with_calibrator(model: nn.Module, save_directory: str | Path, *args: Any, **options: Any) -> None:
+    """`save_pretrained` of a calibrated model: the weights as ever, and the calibrator's files beside them."""
+    if options.get("push_to_hub"):
+        raise ValueError("push_to_hub: got True, which would leave the calibrator behind; use model.push_to_hub(repo_id)")
+    type(model).save_pretrained(model, save_directory, *args, **options)
+    if options.get("is_main_process", True):
+        folder = Path(save_directory)
+        attached = attached_calibrator(model)
+        calibrator, applied = (attached, "attached") if attached is not None else (folded_calibrator(model), "folded")
+        write_calibrator(calibrator, folder, applied=applied, weights=weights_sha256(folder))

@@ -1,0 +1,66 @@
+"""The whole job on collected predictions: choose a calibrator, fit it, and say honestly what it changed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .calibrators import CALIBRATORS, Calibrator, make_calibrator, select_calibrator
+from .calibrators.selection import held_out_log_probs
+from .predictions import Predictions
+from .report import CalibrationReport, evaluate_calibration
+
+
+METHODS = ("auto", *CALIBRATORS)
+
+
+class Calibration(NamedTuple):
+    """A fitted calibrator and what it does to rows that it was not fitted on."""
+
+    calibrator: Calibrator
+    report: CalibrationReport
+
+
+def calibrate_predictions(
+    predictions: Predictions, *, method: str = "auto", test: Predictions | None = None, seed: int = 0
+) -> Calibration:
+    """Fits a calibrator on predictions and reports on rows that the fit has not seen.
+
+    Args:
+        predictions ([`Predictions`]): raw logits and labels of rows that the model was not trained on.
+        method (`str`): a name in `CALIBRATORS`, or `"auto"` to choose among them by cross-validated NLL.
+        test ([`Predictions`], *optional*): other rows for the report. Without them the report is cross-fitted: each fold
+            is calibrated by a calibrator that was chosen and fitted on the other folds.
+        seed (`int`): of the folds and of the bootstrap.
+    Returns:
+        [`Calibration`]: the calibrator fitted on all of `predictions`, and the report.
+    Raises:
+        ValueError: an unknown method, or as `Calibrator.fit`.
+    """
+    check_method(method)
+
+    def fit(logits: torch.Tensor, labels: torch.Tensor) -> Calibrator:
+        if method == "auto":
+            return select_calibrator(logits, labels, seed=seed)
+        return make_calibrator(method).fit(logits, labels)
+
+    calibrator = fit(predictions.logits, predictions.labels)
+    calibrator.label_names = predictions.label_names
+    calibrator.provenance["fingerprint"] = predictions.fingerprint()
+    if test is None:
+        log_probs = held_out_log_probs(fit, predictions.logits, predictions.labels, seed=seed)
+        rows, how = predictions, "those of the fit, each calibrated by a fit on the others (cross-fitting)"
+    else:
+        log_probs = calibrator.log_probs(test.logits)
+        rows, how = test, "a test split that neither training nor fitting has seen"
+    report = evaluate_calibration(log_probs.exp(), rows.labels, before=rows.probs, seed=seed)
+    calibrator.provenance["report_rows"] = how
+    calibrator.provenance["scores"] = report.to_dict()
+    return Calibration(calibrator, report)
+
+
+def check_method(method: str) -> None:
+    """Raises a ValueError that lists the methods unless this is one of them."""
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; allowed are {', '.join(METHODS)}")

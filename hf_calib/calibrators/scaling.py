@@ -1,0 +1,164 @@
+"""Calibrators that scale logits."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from .base import Calibrator
+
+
+BLOCK_ELEMENTS = 2**19  # logits worked on at a time: small enough for a cache, large enough for a call to pay
+START_ROWS = 2000  # rows of the subsample that starts the search
+MAX_PASSES = 60
+# How far T may lie from the logits' own scale. Beyond e^9 a softmax is one-hot or uniform to all that a float can tell.
+LOG_RANGE = 9.0
+# A third-order step of this length in log T leaves an error of its cube, far below 1e-7 nats.
+LAST_STEP = 0.04
+
+
+class TemperatureScaling(Calibrator):
+    r"""Divides logits by one number: $z / T$.
+
+    *When to use:* first. One parameter, needs few rows, cannot change which class is on top.
+
+    Attributes:
+        temperature (`torch.Tensor` of shape `()`, float32): above 1 where the model was too sure of itself.
+    Source:
+        Guo et al. 2017 (arXiv 1706.04599), section 4.2. Where LBFGS is usual, the NLL, convex in $1/T$, is minimised by
+        third-order steps in $\log T$, kept inside a shrinking bracket.
+    Example:
+        >>> import torch
+        >>> p = torch.tensor([0.8, 0.2])  # what really happens: class 0 eight times in ten
+        >>> logits = (2.5 * p.log()).expand(10, 2)  # what the model says: far too sure
+        >>> calibrator = TemperatureScaling().fit(logits, torch.tensor([0] * 8 + [1] * 2))
+        >>> round(calibrator.temperature.item(), 4)
+        2.5
+    """
+
+    name = "temperature"
+    tensor_names = ("temperature",)
+    preserves_accuracy = True
+    contains_identity = True
+
+    def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        temperature = min(max(fit_temperature(logits, labels, weights), tiny), huge)
+        return {"temperature": torch.tensor(temperature, dtype=torch.float32, device=logits.device)}
+
+    def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
+        temperature = tensors["temperature"]
+        if temperature.dim() > 0 or temperature <= 0:
+            return f"temperature is {temperature.tolist()}; allowed is one number above 0"
+        return None
+
+    def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
+        # Half-precision logits are divided in float32: torch would round T itself to the logits' dtype otherwise
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (wide / self.temperature).to(logits.dtype)
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
+    """The temperature of lowest NLL, at most `e**LOG_RANGE` times the logits' own scale.
+
+    A spread-out subsample starts the search, so that one or two passes over all rows end it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, C)`, floating, checked).
+        labels (`torch.Tensor` of shape `(N,)`, int64).
+        weights (`torch.Tensor` of shape `(N,)`, float64).
+    Warns:
+        UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict labels.
+    """
+    separable = bool((logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1)).all())
+    if separable:
+        _warn("every label is the most probable class; took the best one had the least sure row been wrong (at most 1)")
+        labels = _flip_least_sure(logits, labels)
+    stride = max(1, len(logits) // START_ROWS)
+    scale = _spread(logits[::stride])
+    if scale == 0:
+        return 1.0  # every row is constant: all temperatures are the same
+    log_t = 0.0
+    if stride > 1:
+        log_t = _minimise(logits[::stride], labels[::stride], weights[::stride], scale, log_t)
+    log_t = _minimise(logits, labels, weights, scale, log_t)
+    temperature = math.exp(log_t) * scale
+    if separable:
+        return min(temperature, 1.0)
+    if log_t == LOG_RANGE:
+        _warn(f"the logits do not predict the labels; took {temperature:.3g}, which makes all classes equally probable")
+    return temperature
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"temperature: no finite value is best, because {reason}. Fit on more rows.", stacklevel=6)
+
+
+def _flip_least_sure(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The labels with the runner-up in the row where it is closest."""
+    best = logits.topk(2, dim=-1)
+    row = (best.values[:, 0] - best.values[:, 1]).argmin()
+    labels = labels.clone()
+    labels[row] = torch.where(best.values[row, 1].isfinite(), best.indices[row, 1], labels[row])
+    return labels
+
+
+def _spread(logits: torch.Tensor) -> float:
+    """Mean distance of finite logits from their row's largest, in the logits' unit."""
+    below = logits.amax(-1, keepdim=True).double() - logits.double()
+    finite = below.isfinite()
+    return float(below.where(finite, 0).sum() / finite.sum())
+
+
+def _minimise(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float
+) -> float:
+    """Safeguarded third-order steps on the NLL as a function of log T (T in units of `scale`), from `log_t`."""
+    low, high = -LOG_RANGE, LOG_RANGE
+    for _ in range(MAX_PASSES):
+        slope, curvature, third = _derivatives(logits, labels, weights, scale, log_t)
+        # The NLL is convex in 1 / T, so the sign of the slope tells on which side of here the optimum lies
+        low, high = (log_t, high) if slope < 0 else (low, log_t)
+        step = _step(slope, curvature, third)
+        if not low < log_t + step < high:
+            step = (low + high) / 2 - log_t
+        elif abs(step) < LAST_STEP:
+            return log_t + step
+        if high - low < 1e-6:
+            return LOG_RANGE if high == LOG_RANGE else log_t  # nothing within the range is flat enough
+        log_t += step
+    return log_t
+
+
+def _step(slope: float, curvature: float, third: float) -> float:
+    """Halley's step to where the slope vanishes; NaN, which no bracket holds, where the NLL is not convex in log T."""
+    denominator = 2 * curvature * curvature - slope * third
+    return -2 * slope * curvature / denominator if curvature > 0 and denominator > 0 else math.nan
+
+
+def _derivatives(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float
+) -> tuple[float, float, float]:
+    """First three derivatives of the mean NLL in log T, in one pass over blocks of rows.
+
+    With b = scale / T they follow from the mean, variance and third central moment of z / scale under softmax(z / T).
+    """
+    beta = math.exp(-log_t)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    for z, y, w in zip(logits.split(rows), labels.split(rows), weights.split(rows), strict=True):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = (z - z.amax(-1, keepdim=True)) / scale
+        z.clamp_min_(-1e6)  # -inf and its like: exp gives 0, and 0 times a finite number stays 0
+        e = (z * beta).exp_()
+        m0 = e.sum(-1)
+        m1, m2, m3 = (e.mul_(z).sum(-1) / m0 for _ in range(3))
+        happened = z.gather(-1, y[:, None])[:, 0]
+        moments = torch.stack([m1 - happened, m2 - m1 * m1, m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1])
+        sums += moments.double() @ w
+    first, second, third = (sums / weights.sum()).tolist()
+    # from b to log T = -log b: each derivative in log b is b d/db of the one before
+    first, second, third = beta * first, beta**2 * second, beta**3 * third
+    return -first, first + second, -(first + 3 * second + third)

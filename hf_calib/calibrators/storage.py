@@ -1,0 +1,156 @@
+"""A calibrator on disk and on the Hub: `calibrator.json` says what it is, `calibrator.safetensors` holds its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..version import __version__
+from .base import Calibrator
+from .registry import CALIBRATORS
+
+
+JSON_NAME = "calibrator.json"
+TENSORS_NAME = "calibrator.safetensors"
+# `applied` and `weights` are written by whoever saves a model beside the calibrator.
+KNOWN_KEYS = {"library", "library_version", "type", "num_labels", "label_names", "fit", "applied", "weights"}
+
+
+class AutoCalibrator:
+    """Loads whatever calibrator a folder or a Hub repo holds."""
+
+    @staticmethod
+    def from_pretrained(
+        path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Calibrator:
+        """Reads `calibrator.json` and `calibrator.safetensors` from a folder, or downloads them from a Hub repo.
+
+        Args:
+            path_or_repo_id (`str` or `Path`): a folder, or a repo id such as `"me/my-model"`.
+            revision (`str`, *optional*): branch, tag or commit of the repo.
+            token (`str`, *optional*): for a private repo.
+        Returns:
+            the fitted [`Calibrator`].
+        Raises:
+            FileNotFoundError: the folder or repo holds no calibrator.
+            ValueError: a file is damaged, or of another type, shape or label space than it says.
+        """
+        folder = calibrator_folder(path_or_repo_id, revision=revision, token=token)
+        return load_calibrator(folder)
+
+
+def calibrator_folder(path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder that holds the two calibrator files of a folder or, downloaded, of a Hub repo."""
+    folder = Path(path_or_repo_id)
+    if not folder.is_dir():
+        folder = _download(str(path_or_repo_id), revision, token)
+    for name in (JSON_NAME, TENSORS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{path_or_repo_id}: holds no {name}; save a calibrator there first")
+    return folder
+
+
+def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None:
+    """Writes both files; `extra` keys (`applied`, `weights`) go into the JSON."""
+    if calibrator.num_labels is None:
+        raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; fit it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "library": "hf_calib",
+        "library_version": __version__,
+        "type": calibrator.name,
+        "num_labels": calibrator.num_labels,
+        "label_names": calibrator.label_names,
+        "fit": calibrator.provenance,
+        **extra,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in calibrator.tensors().items()}
+    save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
+    (folder / JSON_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`calibrator.json`, checked: the keys this version needs are there and of the right kind."""
+    path = folder / JSON_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(record, dict) or record.get("library") != "hf_calib":
+        raise ValueError(f'{path}: not a calibrator of this library ("library" must be "hf_calib")')
+    if record.get("type") not in CALIBRATORS:
+        raise ValueError(f"{path}: type {record.get('type')!r} is unknown; allowed are {', '.join(CALIBRATORS)}")
+    num_labels, names = record.get("num_labels"), record.get("label_names")
+    if type(num_labels) is not int or num_labels < 2:
+        raise ValueError(f"{path}: num_labels is {num_labels!r}; allowed are integers from 2 up")
+    if names is not None and not (isinstance(names, list) and len(names) == num_labels):
+        raise ValueError(f"{path}: label_names is no list of {num_labels} names")
+    if unknown := sorted(set(record) - KNOWN_KEYS):
+        version = record.get("library_version")
+        warnings.warn(f"{path}: ignoring {', '.join(unknown)}, written by hf_calib {version}", stacklevel=4)
+    return record
+
+
+def load_calibrator(folder: Path) -> Calibrator:
+    """The calibrator that the two files of a local folder describe; a ValueError where they do not agree."""
+    record = read_record(folder)
+    calibrator = CALIBRATORS[record["type"]]()
+    path = folder / TENSORS_NAME
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if set(tensors) != set(calibrator.tensor_names):
+        raise ValueError(f"{path}: holds {sorted(tensors)}; {record['type']} needs {sorted(calibrator.tensor_names)}")
+    calibrator.check_tensors(tensors, record["num_labels"], str(path))
+    calibrator.set_tensors(tensors, num_labels=record["num_labels"])
+    calibrator.label_names = record.get("label_names")
+    calibrator.provenance = record.get("fit") or {}
+    return calibrator
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """One hash of all model weights in a folder: the sha256 of its safetensors files, in order of name; None without."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != TENSORS_NAME)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest() if files else None
+
+
+def push_calibrator(calibrator: Calibrator, repo_id: str, *, private: bool | None, token: str | None) -> str:
+    """Both files in one commit; returns its URL."""
+    from tempfile import TemporaryDirectory
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        write_calibrator(calibrator, Path(folder))
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {calibrator.name} calibrator")
+    return str(commit.commit_url)
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        files = [
+            hf_hub_download(repo_id, name, revision=revision, token=token) for name in (JSON_NAME, TENSORS_NAME)
+        ]
+    except EntryNotFoundError:
+        raise FileNotFoundError(f"{repo_id}: the repo holds no {JSON_NAME} and {TENSORS_NAME}") from None
+    except (HFValidationError, RepositoryNotFoundError):
+        raise FileNotFoundError(f"{repo_id}: neither a folder nor a Hub repo that this token can read") from None
+    return Path(files[0]).parent

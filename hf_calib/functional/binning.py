@@ -1,0 +1,58 @@
+"""Bins `(low, high]` over [0, 1]: 0 falls into the first, 1 into the last, and there are exactly `num_bins` of them."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import check_choice, check_count
+
+
+BINNINGS = ("width", "mass")
+BLOCK_ELEMENTS = 2**22  # how many scores are binned at a time: bounds the memory of the int64 bin numbers
+
+
+def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.Tensor:
+    """The `num_bins - 1` edges between the bins of each column of scores, in the scores' own precision.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, K)`, floating in `[0, 1]`).
+        num_bins (`int`): at least 1.
+        binning (`"width"` or `"mass"`): equal widths, or as near to equal counts as ties allow: equal scores share a bin.
+    Returns:
+        `torch.Tensor` of shape `(K, num_bins - 1)`, ascending, dtype of `scores`.
+    """
+    check_count("num_bins", num_bins)
+    check_choice("binning", binning, BINNINGS)
+    if binning == "width":
+        edges = torch.arange(1, num_bins, dtype=torch.float64, device=scores.device) / num_bins
+        return edges.to(scores.dtype).expand(scores.shape[1], -1)
+    num_rows = len(scores)
+    last_of_bin = torch.arange(1, num_bins, device=scores.device) * num_rows // num_bins - 1
+    return scores.sort(dim=0).values[last_of_bin.clamp_min(0)].T.contiguous()
+
+
+def bin_numbers(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """The bin of each score: `(N, K)` scores and `(K, num_bins - 1)` edges give `(N, K)` int64 in `[0, num_bins)`."""
+    return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
+
+
+def bin_sums(scores: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of each bin: count, sum of scores, sum of outcomes.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, K)`, floating).
+        outcomes (`torch.Tensor` of shape `(N, K)`, bool): whether what the score is the probability of has happened.
+        edges (`torch.Tensor` of shape `(K, num_bins - 1)`).
+    Returns:
+        `torch.Tensor` of shape `(3, K, num_bins)`, float64.
+    """
+    num_columns, num_bins = scores.shape[1], edges.shape[1] + 1
+    sums = torch.zeros(3, num_columns * num_bins, dtype=torch.float64, device=scores.device)
+    first_bin = torch.arange(num_columns, device=scores.device) * num_bins
+    rows = max(1, BLOCK_ELEMENTS // num_columns)
+    for block, happened in zip(scores.split(rows), outcomes.split(rows), strict=True):
+        cells = (bin_numbers(block, edges) + first_bin).reshape(-1)
+        for total, weights in zip(sums, (None, block, happened), strict=True):
+            weights = None if weights is None else weights.reshape(-1).double()
+            total += torch.bincount(cells, weights, minlength=len(total))
+    return sums.view(3, num_columns, num_bins)

@@ -1,0 +1,148 @@
+"""Proper scores: they are lowest, on average, for the true probabilities. Choose by these; calibration errors illustrate."""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import PROBABILITY_FLOOR, check_choice, check_labels, check_probs
+
+
+REDUCTIONS = ("mean", "none")
+
+
+def negative_log_likelihood(
+    probs: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    *,
+    log_probs: torch.Tensor | None = None,
+    task: str | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    r"""Mean surprise at what happened, in nats.
+
+    $$\mathrm{NLL} = -\frac{1}{n} \sum_i \log p_{i, y_i}$$
+
+    Args:
+        probs (`torch.Tensor` of shape `(..., C)`, `(N,)`, or `(..., L)` with `task="multilabel"`): probabilities.
+            Logits are refused. A probability of 0 counts as `PROBABILITY_FLOOR`, 87.3 nats.
+        labels (`torch.Tensor`, integer): what happened; shapes as in `expected_calibration_error`.
+        log_probs (`torch.Tensor` of shape `(..., C)`): in place of `probs`, normalised log-probabilities, which keep the
+            precision that very small probabilities lose. `-inf` counts as the same floor.
+        task (`None` or `"multilabel"`): with `"multilabel"`, the mean over labels of each label's own NLL.
+        ignore_index (`int`): rows with this label are left out.
+        reduction (`"mean"` or `"none"`): the mean, or one value per row that is not ignored.
+    Returns:
+        `torch.Tensor` of shape `()` or `(N,)`, float64, in nats, at least 0; lower is better.
+    Raises:
+        ValueError: as `expected_calibration_error`; or both or neither of `probs` and `log_probs` are given.
+    Source:
+        Good 1952, "Rational decisions". The floor is ours.
+    Example:
+        >>> import torch
+        >>> negative_log_likelihood(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([0, 1]))
+        tensor(0.6931, dtype=torch.float64)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if (probs is None) == (log_probs is None):
+        raise ValueError("probs: give either probs or log_probs=, not both and not neither")
+    if log_probs is not None:
+        log_likelihood = _log_likelihood_from_log_probs(log_probs, labels, ignore_index)
+    else:
+        probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
+        if probs.dim() == 2 and task is None:
+            happened = probs.gather(-1, labels.long()[:, None])[:, 0].double()
+        else:
+            happened = torch.where(labels == 1, probs.double(), 1 - probs.double())
+        log_likelihood = happened.clamp_min(PROBABILITY_FLOOR).log()
+        if log_likelihood.dim() == 2:
+            log_likelihood = log_likelihood.mean(-1)
+    return -log_likelihood.mean() if reduction == "mean" else -log_likelihood
+
+
+def brier_score(
+    probs: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    task: str | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    r"""Mean squared distance between the probabilities and what happened.
+
+    $$\mathrm{Brier} = \frac{1}{n} \sum_i \sum_k (p_{ik} - [y_i = k])^2$$
+
+    Args:
+        probs (`torch.Tensor` of shape `(..., C)`, `(N,)`, or `(..., L)` with `task="multilabel"`): probabilities.
+        labels (`torch.Tensor`, integer): what happened; shapes as in `expected_calibration_error`.
+        task (`None` or `"multilabel"`): with `"multilabel"`, the mean over labels of each label's own score.
+        ignore_index (`int`): rows with this label are left out.
+        reduction (`"mean"` or `"none"`): the mean, or one value per row that is not ignored.
+    Returns:
+        `torch.Tensor` of shape `()` or `(N,)`, float64; lower is better. In `[0, 2]` for class probabilities (the sum
+        over classes, as Brier wrote it) and in `[0, 1]` for events and multi-label.
+    Raises:
+        ValueError: as `expected_calibration_error`.
+    Source:
+        Brier 1950, "Verification of forecasts expressed in terms of probability".
+    Example:
+        >>> import torch
+        >>> brier_score(torch.tensor([[0.8, 0.2]]), torch.tensor([0]))
+        tensor(0.0800, dtype=torch.float64)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
+    if probs.dim() == 2 and task is None:
+        # sum_k (p_k - [y = k])^2 = sum_k p_k^2 - 2 p_y + 1, which needs no one-hot copy of the rows
+        happened = probs.gather(-1, labels.long()[:, None])[:, 0].double()
+        scores = torch.linalg.vector_norm(probs, dim=-1, dtype=torch.float64).square() - 2 * happened + 1
+    else:
+        scores = (probs.double() - labels).square()
+        scores = scores if scores.dim() == 1 else scores.mean(-1)
+    return scores.mean() if reduction == "mean" else scores
+
+
+def accuracy(
+    probs: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
+    """Share of rows whose most probable class is the label (the first of equals).
+
+    Args:
+        probs (`torch.Tensor` of shape `(..., C)`): class probabilities.
+        labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`).
+        ignore_index (`int`): rows with this label are left out.
+        reduction (`"mean"` or `"none"`): the mean, or one value per row that is not ignored.
+    Returns:
+        `torch.Tensor` of shape `()` or `(N,)`, float64, a fraction in `[0, 1]`; higher is better.
+    Raises:
+        ValueError: as `expected_calibration_error`; or `probs` are not rows of class probabilities.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    probs, labels = check_probs(probs, labels, ignore_index=ignore_index)
+    if probs.dim() != 2:
+        raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
+    correct = (probs.argmax(-1) == labels).double()
+    return correct.mean() if reduction == "mean" else correct
+
+
+def _log_likelihood_from_log_probs(
+    log_probs: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    if log_probs.dim() < 2 or log_probs.shape[:-1] != labels.shape:
+        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)} for labels of {tuple(labels.shape)}; "
+                         "allowed are (..., C) rows for (...) labels")  # fmt: skip
+    kept = labels.reshape(-1) != ignore_index
+    rows, labels = log_probs.reshape(-1, log_probs.shape[-1])[kept], labels.reshape(-1)[kept].long()
+    if len(labels) == 0:
+        raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
+    check_labels(labels, rows.shape[-1])
+    excess = rows.logsumexp(-1).abs()
+    # log_softmax in half precision rounds each entry, so a row's mass may be off by that rounding times its size
+    tolerance = max(1e-3, 16 * torch.finfo(rows.dtype).eps)
+    if not bool((excess <= tolerance).all()):
+        worst = float(excess.nan_to_num(nan=float("inf")).max())
+        raise ValueError(f"log_probs: a row's logsumexp is off 0 by {worst:.3g}; allowed is {tolerance:.2g}. "
+                         "Logits become log-probabilities by logits.log_softmax(-1)")  # fmt: skip
+    happened = rows.gather(-1, labels[:, None])[:, 0].double()
+    floor = torch.tensor(PROBABILITY_FLOOR, dtype=torch.float64).log()
+    return happened.clamp_min(floor.item())

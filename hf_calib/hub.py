@@ -1,0 +1,141 @@
+"""A calibrated model as a folder and as a Hub repo: weights, tokenizer, calibrator, model card and diagram."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from .attaching import attach_calibrator, attached_calibrator, folded_calibrator, mark_folded
+from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
+from .model_card import write_model_card
+from .report import CalibrationReport
+
+
+def save_calibrated(
+    model: PreTrainedModel, path: str | Path, *, processing_class: Any = None, report: CalibrationReport | None = None
+) -> Path:
+    """Saves everything that a Hub repo of a calibrated model holds, in one step: all of the folder appears or none of it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): with a calibrator attached or folded.
+        path (`str` or `Path`): a folder that does not exist yet, or is empty.
+        processing_class (*optional*): the tokenizer to save beside it.
+        report ([`CalibrationReport`], *optional*): for the model card's table and, with matplotlib, its diagram.
+    Returns:
+        the folder.
+    Raises:
+        ValueError: no calibrator is attached or folded.
+        FileExistsError: the folder holds something; nothing is overwritten.
+    """
+    path = Path(path)
+    check_calibrated(model)
+    check_new_folder("path", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        _write(model, partial, processing_class, report, path.name)
+        os.replace(partial, path)  # renaming onto an empty folder replaces it
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path
+
+
+def push_calibrated(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    processing_class: Any = None,
+    report: CalibrationReport | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Pushes what `save_calibrated` saves to the Hub, in one commit.
+
+    Args:
+        model, processing_class, report: as in `save_calibrated`.
+        repo_id (`str`): such as `"me/my-model"`; made if it is missing.
+        private (`bool`, *optional*): of a repo that is made.
+        token (`str`, *optional*): by default the one that the machine is logged in with.
+    Returns:
+        the commit's URL.
+    """
+    from huggingface_hub import HfApi
+
+    check_calibrated(model)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(model, Path(folder), processing_class, report, repo_id.split("/")[-1])
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload calibrated model")
+    return str(commit.commit_url)
+
+
+def load_calibrated(
+    path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Loads a text classifier and applies its calibrator exactly once: attached, or known to be in the weights already.
+
+    Args:
+        path_or_repo_id (`str` or `Path`): what `save_calibrated`, `push_calibrated`, or a calibrated model's own
+            `save_pretrained` and `push_to_hub` wrote.
+        revision, token (`str`, *optional*): of the Hub repo.
+        **options: for `from_pretrained`, such as `dtype` or `device_map`.
+    Returns:
+        the model.
+    Raises:
+        FileNotFoundError: there is no calibrator.
+        ValueError: a calibrator file is damaged, or the two do not belong together.
+    Warns:
+        UserWarning: the weights are not those that the calibrator was saved with.
+    """
+    folder = calibrator_folder(path_or_repo_id, revision=revision, token=token)
+    record, calibrator = read_record(folder), load_calibrator(folder)
+    hub = {"revision": revision, "token": token}
+    config = AutoConfig.from_pretrained(path_or_repo_id, **hub)
+    architecture = (config.architectures or [""])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ValueError(f"{path_or_repo_id}: got a {architecture or 'model'}; allowed are ...ForSequenceClassification")
+    model = AutoModelForSequenceClassification.from_pretrained(path_or_repo_id, **hub, **options)
+    saved, present = record.get("weights"), weights_sha256(folder)
+    if None not in (saved, present) and saved != present:
+        warnings.warn(
+            f"{path_or_repo_id}: the weights are not those that the calibrator was saved with; fit it again", stacklevel=2
+        )
+    applied = record.get("applied")
+    if applied == "attached":
+        return attach_calibrator(model, calibrator)
+    if applied == "folded":
+        mark_folded(model, calibrator)
+        return model
+    raise ValueError(f'{path_or_repo_id}: calibrator.json says applied={applied!r}; allowed are "attached" and "folded"')
+
+
+def check_calibrated(model: PreTrainedModel) -> None:
+    """Raises a ValueError unless a calibrator is attached to the model or folded into it."""
+    if attached_calibrator(model) is None and folded_calibrator(model) is None:
+        raise ValueError("model: no calibrator is attached or folded; attach_calibrator or fold_calibrator first")
+
+
+def check_new_folder(name: str, path: Path) -> None:
+    """Raises a FileExistsError naming the argument if something would be overwritten."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{name}: {path} exists already; allowed are a new folder or an empty one")
+
+
+def _write(
+    model: PreTrainedModel, folder: Path, processing_class: Any, report: CalibrationReport | None, name: str
+) -> None:
+    model.save_pretrained(folder)  # a calibrated model's own, which writes the calibrator too
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+    calibrator = attached_calibrator(model)
+    applied = "folded" if calibrator is None else "attached"
+    write_model_card(folder, name=name, calibrator=calibrator or folded_calibrator(model), applied=applied, report=report)

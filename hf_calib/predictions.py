@@ -1,0 +1,240 @@
+"""A model's raw logits on labelled rows: what calibrators are fitted on and reports are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .attaching import uncalibrated
+
+
+PROGRESS_NAME = "progress.json"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Raw logits and the labels that go with them, in the order of the data set."""
+
+    logits: torch.Tensor  # (N, C) float32; memory-mapped when collected into a folder
+    labels: torch.Tensor  # (N,) int64, ids of the model
+    label_names: list[str]  # C names, in the order of the columns
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def probs(self) -> torch.Tensor:
+        """The model's own probabilities, `(N, C)`."""
+        return self.logits.softmax(-1)
+
+    def fingerprint(self) -> str:
+        """A short hash of every logit and label: which rows, under which weights."""
+        digest = hashlib.sha256()
+        for rows in (self.logits, self.labels):
+            digest.update(rows.numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def collect_predictions(
+    model: PreTrainedModel,
+    dataset: Any,
+    *,
+    processing_class: Any = None,
+    text_column: str | Sequence[str] = "text",
+    label_column: str = "label",
+    label_map: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+    output_dir: str | Path | None = None,
+) -> Predictions:
+    """Runs a text classifier over labelled rows, with any attached calibrator suspended.
+
+    Labels are matched by name: the names of the data set's `ClassLabel` (or its strings) against the model's `label2id`.
+    Equal numbers mean nothing when two lists are ordered differently.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): single-label sequence classification, on whatever device it is.
+        dataset ([`~datasets.Dataset`]): labelled rows that the model was not trained on.
+        processing_class (*optional*): the tokenizer; by default the one that lies beside the model.
+        text_column (`str` or pair of `str`): the column that holds the text, or the two of a sentence pair.
+        label_column (`str`): a `ClassLabel`, a string column, or integers when the model's own labels have no names.
+        label_map (`dict`, *optional*): data set label name -> model label name, for names that differ.
+        batch_size (`int`): rows of similar length that run together.
+        output_dir (`str` or `Path`, *optional*): a folder that takes logits and labels as they come; an interrupted
+            collection of the same rows goes on where it stopped, and a finished one is read back, memory-mapped.
+    Returns:
+        [`Predictions`]: `logits` `(N, C)` float32, `labels` `(N,)` int64.
+    Raises:
+        ValueError: a column is missing, a label is not one of the model's, the data set is empty, the model is no
+            single-label classifier, or `output_dir` holds something else.
+    """
+    texts = [text_column] if isinstance(text_column, str) else list(text_column)
+    _check_model(model)
+    _check_dataset(dataset, [*texts, label_column])
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}; allowed are integers from 1 up")
+    labels = torch.tensor(_model_labels(dataset, label_column, model.config, label_map))
+    tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
+    encoded = _encode(dataset, texts, tokenizer, model.config)
+    shape = (len(labels), model.config.num_labels)
+    store = _Store(shape) if output_dir is None else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels))
+    _run(model, encoded, tokenizer, batch_size, store)
+    return Predictions(torch.from_numpy(store.logits), labels, label_names_of(model.config))
+
+
+def label_names_of(config: Any) -> list[str]:
+    """The model's class names in the order of its logits."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    config = model.config
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(f"model: got {type(model).__name__}; allowed are ...ForSequenceClassification models")
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+        raise ValueError(
+            f"model: got problem_type={config.problem_type!r} with {config.num_labels} labels; "
+            "allowed is single-label classification with at least two"
+        )
+
+
+def _check_dataset(dataset: Any, columns: list[str]) -> None:
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list):
+        raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is one split, a datasets.Dataset")
+    for column in columns:
+        if column not in names:
+            raise ValueError(f"column: the data set has no {column!r}; it has {', '.join(names)}")
+    if len(dataset) == 0:
+        raise ValueError("dataset: got 0 rows; allowed are splits with at least one")
+
+
+def _model_labels(dataset: Any, column: str, config: Any, label_map: Mapping[str, str] | None) -> list[int]:
+    """The model's id of each row's label, matched by name."""
+    values = dataset[column][:]
+    feature = dataset.features[column]
+    names = getattr(feature, "names", None)
+    if names is not None:
+        unlabelled = [row for row, value in enumerate(values) if value is None or value < 0]
+        values = [None if value is None or value < 0 else names[value] for value in values]
+    else:
+        unlabelled = [row for row, value in enumerate(values) if value is None]
+        names = sorted({value for value in values if value is not None}, key=str)
+    if unlabelled:
+        raise ValueError(f"{column}: row {unlabelled[0]} and {len(unlabelled) - 1} more have no label")
+    ids = _match_names(column, names, config, dict(label_map or {}))
+    return [ids[value] for value in values]
+
+
+def _match_names(column: str, names: list[Any], config: Any, label_map: dict[str, str]) -> dict[Any, int]:
+    """Data set label -> model id, or an error that prints both lists."""
+    known = label_names_of(config)
+    for source, target in label_map.items():
+        if source not in map(str, names) or target not in known:
+            raise ValueError(f"label_map: got {source}={target}; allowed are one of the data set's "
+                             f"[{', '.join(map(str, names))}] = one of the model's [{', '.join(known)}]")  # fmt: skip
+    if all(isinstance(name, int) for name in names) and known == [f"LABEL_{i}" for i in range(len(known))]:
+        label_map = {**{str(name): f"LABEL_{name}" for name in names}, **label_map}  # neither side has names
+    targets = {name: label_map.get(str(name), name) for name in names}
+    missing = [name for name, target in targets.items() if target not in known]
+    if missing:
+        raise ValueError(
+            f"{column}: the model has no label {missing[0]!r}; the data set has [{', '.join(map(str, names))}], the model "
+            f"has [{', '.join(known)}]. A label map says which is which"
+        )
+    return {name: known.index(target) for name, target in targets.items()}
+
+
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"processing_class: got None and found no tokenizer beside the model {model.name_or_path!r}; pass it"
+        ) from None
+
+
+def _encode(dataset: Any, texts: list[str], tokenizer: Any, config: Any) -> list[dict[str, Any]]:
+    """Token ids of every row, cut to what the model can read."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length]
+    columns = [dataset[column][:] for column in texts]
+    encoded = tokenizer(*columns, truncation=True, max_length=min(limits))
+    return [{key: encoded[key][row] for key in encoded} for row in range(len(dataset))]
+
+
+def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch.Tensor) -> str:
+    """What was asked for: which rows, of which weights."""
+    digest = hashlib.sha256(json.dumps([encoded, labels.tolist()]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size: int, store: _Store) -> None:
+    """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), uncalibrated(model):
+            for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
+                if store.done[batch].all():
+                    continue
+                inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
+                store.put(batch, model(**inputs).logits.float().cpu().numpy())
+    finally:
+        store.flush()
+        model.train(was_training)
+
+
+class _Store:
+    """Logits in memory, and which rows are there."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.logits, self.done = np.empty(shape, dtype=np.float32), np.zeros(shape[0], dtype=bool)
+
+    def put(self, rows: list[int], logits: np.ndarray) -> None:
+        if not np.isfinite(logits.max(-1)).all():
+            raise ValueError("logits: the model returned NaN or infinite values; check its weights and precision")
+        self.logits[rows] = logits
+        self.done[rows] = True
+
+    def flush(self) -> None:
+        """Nothing to do in memory."""
+
+
+class _FolderStore(_Store):
+    """The same in `.npy` files that an interrupted run leaves usable."""
+
+    def __init__(self, shape: tuple[int, int], folder: Path, request: str):
+        progress = folder / PROGRESS_NAME
+        if folder.exists() and any(folder.iterdir()):
+            if not progress.is_file() or json.loads(progress.read_text()) != {"request": request}:
+                raise ValueError(f"output_dir: got {folder}, which holds something else; allowed are a new folder, or one "
+                                 "with predictions of the same weights on the same rows")  # fmt: skip
+            self.logits = np.load(folder / "logits.npy", mmap_mode="r+")
+            self.done = np.load(folder / "done.npy", mmap_mode="r+")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logits = np.lib.format.open_memmap(folder / "logits.npy", "w+", np.float32, shape)
+        self.done = np.lib.format.open_memmap(folder / "done.npy", "w+", bool, shape[:1])
+        partial = progress.with_suffix(".tmp")
+        partial.write_text(json.dumps({"request": request}))
+        os.replace(partial, progress)  # last: a folder with this file has the two others whole
+
+    def flush(self) -> None:
+        self.logits.flush()
+        self.done.flush()

@@ -1,0 +1,196 @@
+"""Before and after in one table, each number with an interval, and a sentence that says whether the change is real."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .functional import (
+    accuracy,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    smooth_calibration_error,
+)
+from .functional.binning import bin_numbers, interior_edges
+from .functional.calibration import events
+from .functional.checks import check_count
+from .functional.resampling import SumStatistic, bootstrap_interval, mean_statistic, resample_counts
+from .functional.smoothing import NUM_CELLS, grid_position, smooth_error
+
+
+NUM_BINS = 15
+TITLES = {"accuracy": "Accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "smooth_ece": "Smooth ECE"}
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `evaluate_calibration` found. Fractions and nats; `change` is after minus before, on the same resamples."""
+
+    num_rows: int
+    num_resamples: int
+    after: dict[str, Estimate]
+    before: dict[str, Estimate] | None = None
+    change: dict[str, Estimate] | None = None
+    # (N,) confidence or event probability and (N,) whether it was right, after and before: what the diagram shows
+    events: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: each estimate as `{"value", "low", "high"}`."""
+        record: dict[str, Any] = {"num_rows": self.num_rows, "num_resamples": self.num_resamples}
+        for key in ("before", "after", "change"):
+            if (estimates := getattr(self, key)) is not None:
+                record[key] = {name: estimate._asdict() for name, estimate in estimates.items()}
+        return record
+
+    def figure(self, *, title: str | None = None) -> Any:
+        """The reliability diagram, before and after where there is a before: a `matplotlib.figure.Figure`."""
+        from .plots import plot_reliability, plot_reliability_comparison, prepare_reliability
+
+        after, *before = (prepare_reliability(scores, outcomes) for scores, outcomes in self.events)
+        if before:
+            return plot_reliability_comparison(before[0], after, title=title)
+        return plot_reliability(after, title=title).figure
+
+    def header(self) -> list[str]:
+        """The columns' titles."""
+        return ["Metric", "Before", "After", "Change"] if self.before else ["Metric", "Value"]
+
+    def rows(self) -> list[list[str]]:
+        """The table's cells, a row per metric."""
+        if self.before is None:
+            return [[TITLES[name], str(estimate)] for name, estimate in self.after.items()]
+        return [
+            [TITLES[name], str(self.before[name]), str(estimate), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*self.change[name])]
+            for name, estimate in self.after.items()
+        ]
+
+    def to_markdown(self) -> str:
+        """The table and the verdict, for a README or a model card."""
+        header = self.header()
+        lines = [header, [":---", *["---:"] * (len(header) - 1)], *self.rows()]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        note = f"{self.num_rows:,} rows; in brackets the 95 % interval over {self.num_resamples:,} bootstrap resamples."
+        return "\n\n".join(part for part in (table, note, self.verdict()) if part)
+
+    def verdict(self) -> str:
+        """One sentence: did NLL, the proper score, change for real, and if these rows cannot tell, how many could."""
+        if self.change is None:
+            return ""
+        gain, low, high = -self.change["nll"].value, -self.change["nll"].high, -self.change["nll"].low
+        if gain == low == high == 0:
+            return "Nothing changed: the probabilities are the same before and after."
+        interval = f"{abs(gain):.4f} nats (95 % interval of the gain {low:+.4f} to {high:+.4f})"
+        if low > 0:
+            return f"The gain is real: NLL falls by {interval}."
+        if high < 0:
+            return f"Do not use this calibrator: NLL rises by {interval}."
+        rows = _round_up(self.num_rows * ((high - low) / 2 / gain) ** 2) if gain else None
+        settle = f"about {rows:,} rows would settle it" if rows else "no number of rows like these would settle it"
+        return (
+            f"{self.num_rows:,} rows are too few to tell: NLL {'falls' if gain > 0 else 'rises'} by {interval}; {settle}."
+        )
+
+
+def evaluate_calibration(
+    probs: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    before: torch.Tensor | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    ignore_index: int = -100,
+) -> CalibrationReport:
+    """Accuracy, NLL, Brier, ECE and smooth ECE, with 95 % bootstrap intervals, alone or against what was there before.
+
+    Args:
+        probs (`torch.Tensor`, floating): class probabilities `(..., C)`; or `(N,)` probabilities of an event, for which
+            there is no accuracy. Logits are refused.
+        labels (`torch.Tensor`, integer): `(...)` in `[0, C)`, or `(N,)` in {0, 1}. Use rows that neither training nor
+            fitting has seen.
+        before (`torch.Tensor`, *optional*): uncalibrated probabilities of the same rows; changes are then paired, on the
+            same resamples.
+        num_resamples (`int`): bootstrap resamples.
+        seed (`int`): of the resampling.
+        ignore_index (`int`): rows with this label are left out.
+    Returns:
+        [`CalibrationReport`]: `to_markdown()`, `to_dict()`, `verdict()`.
+    Raises:
+        ValueError: as `expected_calibration_error`, for `probs` or `before`; or `before` has another shape.
+    Source:
+        Intervals: `hf_calib.functional.resampling.bootstrap_interval`. ECE with 15 bins: Guo et al. 2017.
+    """
+    check_count("num_resamples", num_resamples)
+    if before is not None and before.shape != probs.shape:
+        raise ValueError(f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}")
+    sides = [_statistics(side.cpu(), labels.cpu(), ignore_index) for side in (probs, before) if side is not None]
+    num_rows = len(next(iter(sides[0].values())).values)
+    ones = torch.ones(num_rows, 1, dtype=torch.float64)
+    values = [{name: float(statistic(ones)) for name, statistic in side.items()} for side in sides]
+    blocks = [
+        [{name: statistic(counts) for name, statistic in side.items()} for side in sides]
+        for counts in resample_counts(num_rows, num_resamples, seed=seed)
+    ]
+    replicates = [{name: torch.cat([block[i][name] for block in blocks]) for name in side} for i, side in enumerate(sides)]
+
+    def estimates(value: dict, draws: dict, floor: float) -> dict[str, Estimate]:
+        found = {}
+        for name in value:
+            low, high = bootstrap_interval(value[name], draws[name])
+            found[name] = Estimate(value[name], max(low, floor), high)
+        return found
+
+    after = estimates(values[0], replicates[0], 0.0)
+    if before is None:
+        return CalibrationReport(num_rows, num_resamples, after)
+    change = {name: values[0][name] - values[1][name] for name in after}
+    change_draws = {name: replicates[0][name] - replicates[1][name] for name in after}
+    return CalibrationReport(
+        num_rows,
+        num_resamples,
+        after,
+        estimates(values[1], replicates[1], 0.0),
+        estimates(change, change_draws, -math.inf),
+    )
+
+
+def _statistics(probs: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> dict[str, SumStatistic]:
+    """Every metric of the table as a function of sums over rows."""
+    options = {"ignore_index": ignore_index, "reduction": "none"}
+    means = {"nll": negative_log_likelihood(probs, labels, **options), "brier": brier_score(probs, labels, **options)}
+    if probs.dim() > 1:
+        means = {"accuracy": accuracy(probs, labels, **options), **means}
+    scores, outcomes = events(probs, labels, ignore_index=ignore_index)
+    residuals = outcomes.double() - scores.double()
+    bins = bin_numbers(scores, interior_edges(scores, NUM_BINS, "width"))
+    cells, upper = grid_position(scores)
+    return {
+        **{name: mean_statistic(values) for name, values in means.items()},
+        "ece": SumStatistic(bins, residuals, NUM_BINS, lambda sums: sums.abs().sum(-1)),
+        "smooth_ece": SumStatistic(
+            torch.cat([cells, cells + 1], dim=1),
+            torch.cat([residuals * (1 - upper), residuals * upper], dim=1),
+            NUM_CELLS + 1,
+            smooth_error,
+        ),
+    }
+
+
+def _round_up(count: float) -> int:
+    """To two digits: how many rows would settle it is a rough answer and must look like one."""
+    unit = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return math.ceil(count / unit) * unit

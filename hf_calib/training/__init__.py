@@ -1,0 +1,6 @@
+"""Calibrated training on `transformers.Trainer`."""
+
+from .arguments import CalibrationTrainingArguments
+from .trainer import CalibrationTrainer
+
+__all__ = ["CalibrationTrainer", "CalibrationTrainingArguments"]

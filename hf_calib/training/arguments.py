@@ -1,0 +1,107 @@
+"""`TrainingArguments` and the three choices that calibrated training adds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..calibrators import CALIBRATORS
+from ..losses import LOSSES, make_loss
+
+CALIBRATOR_CHOICES = ("auto", *CALIBRATORS)
+
+
+@dataclass
+class CalibrationTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with a loss and a calibrator.
+
+    Added: `calibration_loss=None`, `calibration_loss_kwargs=None`, `calibrator="temperature"`. No default of
+    `TrainingArguments` is changed. They parse from the command line and from JSON like all others.
+
+    When to use: with `CalibrationTrainer`, in place of `TrainingArguments`.
+
+    Args:
+        calibration_loss (`str`, *optional*): the loss to train with, a key of `LOSSES`: `"cross_entropy"`,
+            `"label_smoothing"`, `"focal"` or `"brier"`. None is cross-entropy.
+        calibration_loss_kwargs (`dict` or `str`, *optional*): hyper-parameters of that loss; a string is read as JSON,
+            as in `--calibration_loss_kwargs '{"gamma": 2.0}'`.
+        calibrator (`str`): what `CalibrationTrainer.calibrate` fits, a key of `CALIBRATORS`, or `"auto"`, which
+            selects one by its cross-validated negative log-likelihood.
+        kwargs: everything that `TrainingArguments` takes, except `label_smoothing_factor`.
+    Raises:
+        ValueError: a name or a hyper-parameter is unknown, a value is out of its range, the string is not a JSON
+            object, or `label_smoothing_factor` is used: label smoothing is a `calibration_loss` here.
+    Example:
+        >>> import hf_calib
+        >>> args = hf_calib.CalibrationTrainingArguments("out", calibration_loss="focal", use_cpu=True)
+        >>> args.calibration_loss, args.calibrator
+        ('focal', 'temperature')
+    """
+
+    calibration_loss: str | None = field(
+        default=None,
+        metadata={"help": f"The loss to train with: {', '.join(LOSSES)}. None is cross-entropy."},
+    )
+    # `str` is there for the command line: HfArgumentParser hands over what was typed.
+    calibration_loss_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Hyper-parameters of calibration_loss as a JSON object, such as '{\"gamma\": 2.0}'."},
+    )
+    calibrator: str = field(
+        default="temperature",
+        metadata={"help": f"What CalibrationTrainer.calibrate fits: {', '.join(CALIBRATOR_CHOICES)}."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.calibration_loss_kwargs, str):
+            self.calibration_loss_kwargs = _read_json_object(self.calibration_loss_kwargs)
+        if self.calibration_loss is None and self.calibration_loss_kwargs:
+            raise ValueError(
+                f"calibration_loss_kwargs: got {self.calibration_loss_kwargs!r} without a calibration_loss; allowed "
+                "values of calibration_loss are " + ", ".join(map(repr, LOSSES))
+            )
+        self.make_loss()  # a wrong name or value fails here, not at the first step
+        check_calibrator_name(self.calibrator)
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor: got {self.label_smoothing_factor!r}; allowed is 0. Use "
+                "calibration_loss='label_smoothing', calibration_loss_kwargs={'label_smoothing': "
+                f"{self.label_smoothing_factor!r}}}, which is the same loss"
+            )
+        super().__post_init__()
+
+    def make_loss(self):
+        """Builds the loss that these arguments name.
+
+        Returns:
+            `torch.nn.Module` that maps logits `(..., C)` and labels `(...)` to the sum of the rows' losses.
+        Raises:
+            ValueError: `calibration_loss` or `calibration_loss_kwargs` is not allowed.
+        """
+        name = "cross_entropy" if self.calibration_loss is None else self.calibration_loss
+        try:
+            return make_loss(name, self.calibration_loss_kwargs, reduction="sum")
+        except ValueError as error:
+            raise ValueError(
+                f"calibration_loss={self.calibration_loss!r}, "
+                f"calibration_loss_kwargs={self.calibration_loss_kwargs!r}: {error}"
+            ) from error
+
+
+def check_calibrator_name(name: str) -> None:
+    """Raises a ValueError unless `name` is `"auto"` or a key of `CALIBRATORS`."""
+    if name not in CALIBRATOR_CHOICES:
+        raise ValueError(f"calibrator: got {name!r}; allowed are {', '.join(map(repr, CALIBRATOR_CHOICES))}")
+
+
+def _read_json_object(text: str) -> dict:
+    allowed = 'allowed is a JSON object such as {"gamma": 2.0}'
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"calibration_loss_kwargs: got {text!r}; {allowed}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"calibration_loss_kwargs: got {text!r}; {allowed}")
+    return value

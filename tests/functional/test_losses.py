@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_calib.functional.losses import brier_loss, cross_entropy_loss, focal_loss, label_smoothing_loss
+
+ALL = [cross_entropy_loss, label_smoothing_loss, focal_loss, brier_loss]
+every_loss = pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(7, 5, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (7, 5), generator=generator)
+    labels[torch.rand(7, 5, generator=generator) < 0.3] = -100
+    assert (labels == -100).any()
+    return logits, labels
+
+
+@every_loss
+def test_gradients_are_the_derivatives(loss, batch):
+    logits, labels = batch
+    logits.requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(lambda z, r=reduction: loss(z, labels, reduction=r), (logits,))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_focal_gradients_for_other_gammas(gamma, batch):
+    logits, labels = batch
+    assert torch.autograd.gradcheck(lambda z: focal_loss(z, labels, gamma=gamma), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_neutral_settings_equal_cross_entropy(batch, dtype):
+    logits, labels = batch[0].to(dtype), batch[1]
+    expected = F.cross_entropy(logits.reshape(-1, 4), labels.reshape(-1))
+    for loss in (
+        cross_entropy_loss(logits, labels),
+        focal_loss(logits, labels, gamma=0.0),
+        label_smoothing_loss(logits, labels, label_smoothing=0.0),
+    ):
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.05, 0.1, 0.5])
+def test_label_smoothing_equals_torch(batch, label_smoothing):
+    logits, labels = batch
+    for reduction in ("mean", "sum"):
+        expected = F.cross_entropy(
+            logits.reshape(-1, 4), labels.reshape(-1), label_smoothing=label_smoothing, reduction=reduction
+        )
+        loss = label_smoothing_loss(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_values_by_hand():
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64).log() + 5
+    labels = torch.tensor([0, 1])
+    expected = {
+        cross_entropy_loss: [-math.log(0.6), -math.log(0.2)],
+        focal_loss: [-(0.4**3) * math.log(0.6), -(0.8**3) * math.log(0.2)],
+        brier_loss: [0.16 + 0.09 + 0.01, 0.04 + 0.64 + 0.36],
+        label_smoothing_loss: [
+            -0.95 * math.log(0.6) - 0.05 / 3 * math.log(0.6 * 0.3 * 0.1),
+            -0.95 * math.log(0.2) - 0.05 / 3 * math.log(0.2 * 0.2 * 0.6),
+        ],
+    }
+    for loss in ALL:
+        value = loss(logits, labels, reduction="none")
+        torch.testing.assert_close(value, torch.tensor(expected[loss], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_ignored_rows_leave_no_trace(loss, batch):
+    logits, labels = batch
+    kept = labels != -100
+    logits = torch.where(kept[..., None], logits, torch.nan).requires_grad_()
+    losses = loss(logits, labels, reduction="none")
+    assert losses.shape == labels.shape
+    assert (losses[~kept] == 0).all()
+    torch.testing.assert_close(losses[kept], loss(logits[kept], labels[kept], reduction="none"))
+    torch.testing.assert_close(loss(logits, labels), losses[kept].mean())
+    loss(logits, labels).backward()
+    assert (logits.grad[~kept] == 0).all()
+    assert logits.grad.isfinite().all()
+    other = torch.where(kept, labels, 9)
+    torch.testing.assert_close(loss(logits, other, ignore_index=9), loss(logits, labels))
+
+
+@every_loss
+def test_no_kept_row_is_zero(loss):
+    for shape in [(3,), (0,)]:
+        logits = torch.randn(*shape, 4, requires_grad=True)
+        for reduction in ("mean", "sum"):
+            value = loss(logits, torch.full(shape, -100), reduction=reduction)
+            assert value == 0
+            value.backward()
+        assert (logits.grad == 0).all()
+
+
+@every_loss
+def test_sums_over_a_split_are_the_whole(loss, batch):
+    logits, labels = batch
+    for cuts in ([1, 6], [2, 2, 3]):
+        parts = zip(logits.split(cuts), labels.split(cuts), strict=True)
+        total = sum(loss(z, y, reduction="sum") for z, y in parts)
+        torch.testing.assert_close(total, loss(logits, labels, reduction="sum"), rtol=1e-12, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3, 6e4])
+@pytest.mark.parametrize("right", [True, False], ids=["all right", "all wrong"])
+def test_finite_on_saturated_batches(loss, dtype, scale, right):
+    logits = torch.zeros(3, 4, dtype=dtype)
+    logits[:, 1] = scale
+    logits.requires_grad_()
+    labels = torch.full((3,), 1 if right else 2)
+    value = loss(logits, labels)
+    value.backward()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert logits.grad.dtype == dtype
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
+def test_focal_is_finite_at_probability_one(gamma):
+    # The power's own derivative is infinite there for gamma < 1.
+    logits = torch.tensor([[200.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    value = focal_loss(logits, torch.tensor([0, 0]), gamma=gamma, reduction="none")
+    value.sum().backward()
+    assert value[0] == 0
+    assert (logits.grad[0] == 0).all()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss, brier_loss, label_smoothing_loss])
+def test_a_masked_class_changes_nothing(loss):
+    kwargs = {"label_smoothing": 0.0} if loss is label_smoothing_loss else {}
+    logits = torch.tensor([[1.0, 0.5, -torch.inf]], requires_grad=True)
+    value = loss(logits, torch.tensor([0]), **kwargs)
+    torch.testing.assert_close(value, loss(logits[:, :2], torch.tensor([0]), **kwargs))
+    value.backward()
+    assert logits.grad.isfinite().all()
+
+
+@every_loss
+def test_half_precision_is_computed_in_float32(loss, batch):
+    logits, labels = batch
+    for dtype in (torch.bfloat16, torch.float16):
+        half = logits.to(dtype)
+        assert torch.equal(loss(half, labels), loss(half.float(), labels))
+
+
+@every_loss
+@pytest.mark.parametrize(
+    ("logits", "labels", "kwargs", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2).long(), {}, r"logits: got a torch.int64 tensor"),
+        (torch.zeros(2, 3), torch.zeros(2), {}, r"labels: got a torch.float32 tensor; allowed are class numbers"),
+        (torch.zeros(2, 3), torch.zeros(3).long(), {}, r"labels: got shape \(3,\) for logits of shape \(2, 3\)"),
+        (torch.tensor(0.0), torch.tensor(0), {}, r"labels: got shape \(\) for logits of shape \(\)"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), {}, r"labels: got 3; allowed are 0 to 2"),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), {}, r"labels: got -1; allowed are 0 to 2"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {"reduction": "avg"}, r"reduction: got 'avg'; allowed are 'mean'"),
+    ],
+)
+def test_refusals(loss, logits, labels, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        loss(logits, labels, **kwargs)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "1", True, None])
+def test_hyperparameters_out_of_range(value):
+    logits, labels = torch.zeros(2, 3), torch.zeros(2).long()
+    with pytest.raises(ValueError, match=r"gamma: got .*; allowed are finite numbers from 0 up"):
+        focal_loss(logits, labels, gamma=value)
+    for smoothing in (value, 1.0):
+        with pytest.raises(ValueError, match=r"label_smoothing: got .*; allowed are numbers in \[0, 1\)"):
+            label_smoothing_loss(logits, labels, label_smoothing=smoothing)

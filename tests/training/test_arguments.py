@@ -1,0 +1,90 @@
+import dataclasses
+import json
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_calib.calibrators import CALIBRATORS
+from hf_calib.training import CalibrationTrainingArguments
+
+
+def make(**kwargs):
+    return CalibrationTrainingArguments(output_dir="out", use_cpu=True, **kwargs)
+
+
+def test_added_and_changed_defaults():
+    ours = {field.name: field.default for field in dataclasses.fields(CalibrationTrainingArguments)}
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    added = {key: value for key, value in ours.items() if key not in theirs or value != theirs[key]}
+    assert added == {"calibration_loss": None, "calibration_loss_kwargs": None, "calibrator": "temperature"}
+    for key, value in added.items():
+        assert f"`{key}={json.dumps(value).replace('null', 'None')}`" in CalibrationTrainingArguments.__doc__
+
+
+def test_from_the_command_line():
+    parser = HfArgumentParser(CalibrationTrainingArguments)
+    words = ["--output_dir", "out", "--use_cpu", "--calibration_loss", "focal", "--calibrator", "auto"]
+    (args,) = parser.parse_args_into_dataclasses([*words, "--calibration_loss_kwargs", '{"gamma": 2.0}'])
+    assert (args.calibration_loss, args.calibration_loss_kwargs, args.calibrator) == ("focal", {"gamma": 2.0}, "auto")
+    (args,) = parser.parse_args_into_dataclasses(words[:3])
+    assert (args.calibration_loss, args.calibration_loss_kwargs, args.calibrator) == (None, None, "temperature")
+    assert "cross_entropy, label_smoothing, focal, brier" in " ".join(parser.format_help().split())
+
+
+def test_from_json_and_back(tmp_path):
+    args = make(calibration_loss="label_smoothing", calibration_loss_kwargs={"label_smoothing": 0.1})
+    path = tmp_path / "args.json"
+    path.write_text(args.to_json_string())
+    (again,) = HfArgumentParser(CalibrationTrainingArguments).parse_json_file(str(path))
+    assert again.to_dict() == args.to_dict()
+    path.write_text(json.dumps({"output_dir": "out", "use_cpu": True, "calibration_loss": "brier"}))
+    (again,) = HfArgumentParser(CalibrationTrainingArguments).parse_json_file(str(path))
+    assert again.calibration_loss == "brier"
+
+
+def test_they_make_the_loss():
+    focal = make(calibration_loss="focal", calibration_loss_kwargs='{"gamma": 2.0}').make_loss()
+    assert repr(focal) == "FocalLoss(gamma=2.0, ignore_index=-100, reduction='sum')"
+    assert repr(make().make_loss()) == "CrossEntropy(ignore_index=-100, reduction='sum')"
+
+
+@pytest.mark.parametrize("name", ["auto", *CALIBRATORS])
+def test_every_calibrator_is_allowed(name):
+    assert make(calibrator=name).calibrator == name
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"calibration_loss": "focall"}, "calibration_loss='focall'.*allowed are 'cross_entropy', 'label_smoothing'"),
+        (
+            {"calibration_loss": "focal", "calibration_loss_kwargs": {"gama": 2}},
+            "calibration_loss_kwargs={'gama': 2}: .*got 'gama' = 2; allowed are 'gamma'",
+        ),
+        (
+            {"calibration_loss": "focal", "calibration_loss_kwargs": {"gamma": -1}},
+            "gamma: got -1; allowed are finite numbers from 0 up",
+        ),
+        (
+            {"calibration_loss": "focal", "calibration_loss_kwargs": "gamma=2"},
+            "calibration_loss_kwargs: got 'gamma=2'; allowed is a JSON object",
+        ),
+        (
+            {"calibration_loss": "focal", "calibration_loss_kwargs": "[2]"},
+            r"calibration_loss_kwargs: got '\[2\]'; allowed is a JSON object",
+        ),
+        (
+            {"calibration_loss_kwargs": {"gamma": 2}},
+            "calibration_loss_kwargs: got {'gamma': 2} without a",
+        ),
+        ({"calibrator": "temprature"}, "calibrator: got 'temprature'; allowed are 'auto', .*'temperature'"),
+        (
+            {"label_smoothing_factor": 0.1, "calibration_loss": "focal"},
+            "label_smoothing_factor: got 0.1; allowed is 0. Use calibration_loss='label_smoothing'",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1; allowed is 0"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)

@@ -1,0 +1,486 @@
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertModel,
+    TrainingArguments,
+)
+
+import hf_calib.functional.losses as functional
+from hf_calib.attaching import attach_calibrator, attached_calibrator, uncalibrated
+from hf_calib.calibrators import CALIBRATORS, TemperatureScaling
+from hf_calib.losses import LOSSES
+from hf_calib.models.configuration_calib_transformer import CalibTransformerConfig
+from hf_calib.models.modeling_calib_transformer import CalibTransformerForSequenceClassification
+from hf_calib.training import CalibrationTrainer, CalibrationTrainingArguments
+
+from . import one_step as tiny
+
+every_kind = pytest.mark.parametrize("kind", tiny.MODELS)
+
+
+def collate(rows):
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def batch_logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def assert_equal_steps(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=tolerance), key
+
+
+# ---- one step ----
+
+
+@every_kind
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accumulated_batches_equal_one(kind, loss, tmp_path):
+    whole = tiny.one_step(kind, tmp_path, calibration_loss=loss)
+    parts = tiny.one_step(
+        kind, tmp_path, calibration_loss=loss, per_device_train_batch_size=4, gradient_accumulation_steps=4
+    )
+    assert_equal_steps(parts, whole)
+
+    model, batch = tiny.tiny_model(kind), collate(tiny.tiny_rows(kind, 16))
+    by_hand = getattr(functional, f"{loss}_loss")(
+        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
+    )
+    by_hand.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert_equal_steps(whole, {"loss": by_hand.item(), "grad_norm": norm.item()})
+
+
+@every_kind
+def test_no_loss_is_cross_entropy(kind, tmp_path):
+    batch = collate(tiny.tiny_rows(kind, 16))
+    logits = batch_logits(tiny.tiny_model(kind), batch)
+    expected = F.cross_entropy(logits.reshape(-1, 3), batch["labels"].reshape(-1))
+    found = tiny.one_step(kind, tmp_path)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert_equal_steps(tiny.one_step(kind, tmp_path, calibration_loss="cross_entropy"), found, 0)
+
+
+def test_hyperparameters_reach_the_step(tmp_path):
+    kwargs = {"calibration_loss": "focal", "calibration_loss_kwargs": {"gamma": 0}}
+    assert_equal_steps(tiny.one_step("token", tmp_path, **kwargs), tiny.one_step("token", tmp_path))
+    trainer = tiny.make_trainer("token", tmp_path, **kwargs)
+    trainer.args.calibration_loss_kwargs = {"gamma": 3.0}  # what a hyper-parameter search does
+    trainer.train()
+    expected = tiny.one_step("token", tmp_path, calibration_loss="focal")
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_a_step_without_labels_is_not_nan(tmp_path):
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in tiny.tiny_rows("token", 16)]
+    trainer = tiny.make_trainer("token", tmp_path, trainer={"train_dataset": rows})
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_bfloat16(tmp_path):
+    found = tiny.one_step("sequence", tmp_path, bf16=True, calibration_loss="focal")
+    assert_equal_steps(found, tiny.one_step("sequence", tmp_path, calibration_loss="focal"), 0.05)
+
+
+def lora_model(kind, model=None):
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    task_type = {"sequence": TaskType.SEQ_CLS, "token": TaskType.TOKEN_CLS}[kind]
+    model = tiny.tiny_model(kind) if model is None else model
+    with warnings.catch_warnings():
+        # peft 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, LoraConfig(task_type=task_type, target_modules=["query", "value"], r=2))
+
+
+def test_peft(tmp_path):
+    steps = {}
+    for name, batch in {"whole": (16, 1), "parts": (4, 4)}.items():
+        model = lora_model("token")
+        trainer = tiny.make_trainer(
+            "token",
+            tmp_path,
+            model=model,
+            calibration_loss="focal",
+            per_device_train_batch_size=batch[0],
+            gradient_accumulation_steps=batch[1],
+            learning_rate=0.1,
+        )
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        trainer.train()
+        steps[name] = {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
+        changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+        assert changed == {
+            key for key, value in before.items() if value.requires_grad and "lora_A" not in key
+        }  # at the first step lora_B is 0, so lora_A has no gradient
+    assert_equal_steps(steps["parts"], steps["whole"])
+
+
+def calib_transformer():
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return CalibTransformerForSequenceClassification(CalibTransformerConfig(vocab_size=50, num_labels=3, **size))
+
+
+def bart():
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForSequenceClassification(BartConfig(vocab_size=50, max_position_embeddings=16, **size, **heads))
+
+
+def bert_with_tuples():
+    return tiny.tiny_model("sequence", return_dict=False)
+
+
+@pytest.mark.parametrize("make_model", [calib_transformer, bart, bert_with_tuples])
+def test_other_models(make_model, tmp_path):
+    torch.manual_seed(0)
+    model = make_model()
+    rows = tiny.tiny_rows("sequence", 16)
+    if isinstance(model, BartForSequenceClassification):  # needs exactly one end of sentence in each row
+        rows = [{**row, "input_ids": row["input_ids"].clone()} for row in rows]
+        for row in rows:
+            row["input_ids"][row["input_ids"] == 2] = 3
+            row["input_ids"][int(row["attention_mask"].sum()) - 1] = 2
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, trainer={"train_dataset": rows})
+    trainer.train()
+    output = trainer.predict(rows)
+    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    expected = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(output.label_ids))
+    assert output.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---- evaluation ----
+
+
+@every_kind
+@pytest.mark.parametrize("loss", [None, "focal"])
+def test_eval_loss_is_the_exact_nll(kind, loss, tmp_path):
+    rows = tiny.tiny_rows(kind, 13, seed=1)  # batches of 4, 4, 4 and 1, with differing numbers of labels
+    batch = collate(rows)
+    logits = batch_logits(tiny.tiny_model(kind), batch)
+    expected = F.cross_entropy(logits.reshape(-1, 3).double(), batch["labels"].reshape(-1)).item()
+    trainer = tiny.make_trainer(kind, tmp_path, calibration_loss=loss)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate({"a": rows})["eval_a_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_eval_loss_shows_nan(tmp_path):
+    trainer = tiny.make_trainer("sequence", tmp_path)
+    rows = tiny.tiny_rows("sequence", 9, seed=1)
+    with torch.no_grad():
+        trainer.model.bert.embeddings.word_embeddings.weight[int(rows[8]["input_ids"][0])] = torch.nan
+    assert np.isnan(trainer.evaluate(rows)["eval_loss"])
+
+
+@every_kind
+def test_metrics_get_logits_and_labels(kind, tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen.update(logits=prediction.predictions, labels=prediction.label_ids)
+        return {"rows": len(prediction.label_ids)}
+
+    rows = tiny.tiny_rows(kind, 6, seed=1)
+    trainer = tiny.make_trainer(kind, tmp_path, trainer={"compute_metrics": compute_metrics})
+    assert trainer.evaluate(rows)["eval_rows"] == 6
+    torch.testing.assert_close(torch.from_numpy(seen["logits"]), batch_logits(trainer.model, collate(rows)))
+    assert np.array_equal(seen["labels"], collate(rows)["labels"])
+
+
+def unlabelled(rows):
+    return [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows]
+
+
+def test_predicting_without_labels(tmp_path):
+    rows = unlabelled(tiny.tiny_rows("sequence", 5))
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows})
+    output = trainer.predict(rows)
+    assert output.predictions.shape == (5, 3)
+    assert "test_loss" not in output.metrics
+    with pytest.raises(ValueError, match=r"inputs: got the columns .*; allowed are batches with labels"):
+        trainer.train()
+    with pytest.raises(ValueError, match="dataset: got no labelled row; allowed are rows with a label"):
+        tiny.make_trainer("sequence", tmp_path).calibrate(unlabelled(tiny.tiny_rows("sequence", 5, seed=1)))
+
+
+# ---- refusals ----
+
+
+def auto_model(auto_class, **config):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return auto_class.from_config(BartConfig(vocab_size=50, d_model=8, **sizes, **heads, **config))
+
+
+HEADS = "allowed are transformers models for single-label sequence classification or token classification"
+
+
+@pytest.mark.parametrize(
+    ("make_model", "message"),
+    [
+        (lambda: auto_model(AutoModelForCausalLM), f"model: got BartForCausalLM; {HEADS}"),
+        (lambda: auto_model(AutoModelForSeq2SeqLM), f"model: got BartForConditionalGeneration; {HEADS}"),
+        (lambda: auto_model(AutoModelForQuestionAnswering), f"model: got BartForQuestionAnswering; {HEADS}"),
+        (lambda: BertModel(BertConfig(num_hidden_layers=1)), f"model: got BertModel; {HEADS}"),
+        (lambda: torch.nn.Linear(2, 3), f"model: got Linear; {HEADS}"),
+        (
+            lambda: tiny.tiny_model("sequence", problem_type="multi_label_classification"),
+            "model.config.problem_type: got 'multi_label_classification'; allowed are None and 'single_label_classi",
+        ),
+        (
+            lambda: tiny.tiny_model("sequence", problem_type="regression"),
+            "model.config.problem_type: got 'regression'; allowed are None and 'single_label_classification'",
+        ),
+        (
+            lambda: tiny.tiny_model("sequence", num_labels=1),
+            "num_labels: got 1, which means regression; allowed",
+        ),
+    ],
+    ids=["causal", "seq2seq", "qa", "no head", "module", "multi-label", "regression", "one label"],
+)
+def test_models_that_are_refused(make_model, message, tmp_path):
+    args = CalibrationTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        CalibrationTrainer(make_model(), args)
+    with pytest.raises(ValueError, match=message):
+        CalibrationTrainer(args=args, model_init=make_model)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "arguments", "message"),
+    [
+        (
+            {"compute_loss_func": lambda *_: 0},
+            {},
+            "compute_loss_func: got .*; allowed is None: the loss is",
+        ),
+        ({}, {"label_names": ["tags"]}, r"label_names: got \['tags'\]; allowed is \['labels'\]"),
+        (
+            {},
+            {"calibration_loss": "focal", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor: got 0.1; allowed is 0",
+        ),
+    ],
+)
+def test_arguments_that_are_refused(trainer, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny.make_trainer("sequence", tmp_path, trainer=trainer, **arguments)
+
+
+def test_arguments_changed_later_are_refused(tmp_path):
+    args = CalibrationTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.label_smoothing_factor = 0.1
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1; allowed is 0"):
+        CalibrationTrainer(tiny.tiny_model("sequence"), args)
+    args.label_smoothing_factor, args._n_gpu = 0.0, 2
+    with pytest.raises(ValueError, match="n_gpu: got 2; allowed is 1: start one process per GPU with torchrun"):
+        CalibrationTrainer(tiny.tiny_model("sequence"), args)
+
+
+def test_stock_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="args: got TrainingArguments; allowed are CalibrationTrainingArguments"):
+        CalibrationTrainer(tiny.tiny_model("sequence"), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_float_labels_are_refused_before_the_first_step(tmp_path):
+    rows = [{**row, "labels": row["labels"].float()} for row in tiny.tiny_rows("sequence", 16)]
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows})
+    with pytest.raises(ValueError, match=r"labels: got a torch\.float32 tensor; allowed are class numbers"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---- calibration ----
+
+
+@every_kind
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_calibrate_fits_raw_logits_and_attaches(kind, name, tmp_path):
+    trainer = tiny.make_trainer(kind, tmp_path, calibrator=name)
+    rows = tiny.held_out_rows(kind, 33)
+    batch = collate(rows)
+    raw = batch_logits(trainer.model, batch)
+    kept = batch["labels"] != -100
+    expected = CALIBRATORS[name]().fit(raw[kept], batch["labels"][kept])
+
+    fitted = trainer.calibrate(rows)
+    assert type(fitted) is CALIBRATORS[name]
+    assert attached_calibrator(trainer.model) is fitted
+    torch.testing.assert_close(fitted.log_probs(raw), expected.log_probs(raw), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch_logits(trainer.model, batch), fitted(raw))
+    nll = functional.cross_entropy_loss(fitted.log_probs(raw), batch["labels"]).item()
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(nll, rel=1e-5)
+
+    again = trainer.calibrate(rows)  # with one attached: the same raw logits, and the old one is replaced
+    assert attached_calibrator(trainer.model) is again
+    torch.testing.assert_close(again.log_probs(raw), fitted.log_probs(raw))
+
+
+def test_calibrate_finds_the_temperature(tmp_path):
+    trainer = tiny.make_trainer("token", tmp_path, per_device_eval_batch_size=256)
+    assert float(trainer.calibrate(tiny.held_out_rows("token", 1500)).temperature) == pytest.approx(2.0, rel=0.1)
+
+
+def test_calibrate_selects(tmp_path):
+    trainer = tiny.make_trainer("sequence", tmp_path)
+    fitted = trainer.calibrate(tiny.held_out_rows("sequence", 40), calibrator="auto")
+    assert {row.name for row in fitted.selection} == set(CALIBRATORS)
+    assert attached_calibrator(trainer.model) is fitted
+    with pytest.raises(ValueError, match=r"calibrator: got 'temprature'; allowed are 'auto', .*'temperature'"):
+        trainer.calibrate(tiny.held_out_rows("sequence", 40), calibrator="temprature")
+
+
+def test_calibrate_is_not_disturbed_by_how_the_user_evaluates(tmp_path):
+    rows = tiny.held_out_rows("token", 21)
+    expected = float(tiny.make_trainer("token", tmp_path).calibrate(rows).temperature)
+
+    def argmax(logits, labels):
+        return logits.argmax(-1)
+
+    def compute_metrics(prediction, compute_result=True):
+        raise AssertionError("not asked for")
+
+    user = {"preprocess_logits_for_metrics": argmax, "compute_metrics": compute_metrics}
+    for arguments in ({}, {"eval_do_concat_batches": False}, {"batch_eval_metrics": True}):
+        trainer = tiny.make_trainer("token", tmp_path, trainer=user, prediction_loss_only=True, **arguments)
+        assert float(trainer.calibrate(rows).temperature) == pytest.approx(expected, rel=1e-5)
+        assert trainer.preprocess_logits_for_metrics is argmax
+        assert trainer.compute_metrics is compute_metrics
+        assert trainer.args.prediction_loss_only
+
+
+@every_kind
+def test_calibrate_refuses_rows_that_training_has_seen(kind, tmp_path):
+    trainer = tiny.make_trainer(kind, tmp_path)
+    fresh = tiny.held_out_rows(kind, 20)
+    seen = [dict(row) for row in tiny.tiny_rows(kind, 16)[3:5]]
+    seen[0]["input_ids"] = torch.cat([seen[0]["input_ids"], torch.zeros(3, dtype=torch.int64)])  # padded further
+    seen[0]["attention_mask"] = torch.cat([seen[0]["attention_mask"], torch.zeros(3, dtype=torch.int64)])
+    seen[1]["labels"] = torch.zeros_like(seen[1]["labels"])  # relabelled
+    seen[1]["input_ids"] = seen[1]["input_ids"].tolist()  # of another type
+    rows = [*fresh, *seen]
+    with pytest.raises(ValueError, match=r"dataset: 2 of 22 rows are in train_dataset too \(row 20, 21\)"):
+        trainer.calibrate(rows)
+    assert attached_calibrator(trainer.model) is None
+    with pytest.raises(ValueError, match=r"dataset: 16 of 16 rows are in .* \(row 0, 1, 2, 3, 4, \.\.\.\)"):
+        trainer.calibrate(trainer.train_dataset)
+    reordered = dict(fresh[0], input_ids=fresh[0]["input_ids"].flip(0), attention_mask=torch.ones(6).long())
+    trainer.train_dataset = [reordered]
+    trainer.calibrate(fresh)
+
+
+def test_rows_of_hugging_face_datasets_compare_with_others(tmp_path):
+    from datasets import Dataset
+
+    rows = tiny.tiny_rows("sequence", 16)
+    lists = [{key: value.tolist() for key, value in row.items()} for row in rows]
+    unpadded = [
+        {"input_ids": row["input_ids"][: sum(row["attention_mask"])], "labels": row["labels"]} for row in lists
+    ]
+    trainer = tiny.make_trainer("sequence", tmp_path)
+    for dataset in (lists, Dataset.from_list(lists), Dataset.from_list(lists).with_format("torch"), unpadded):
+        with pytest.raises(ValueError, match="dataset: 16 of 16 rows are in train_dataset too"):
+            trainer.calibrate(dataset)
+
+
+def test_rows_that_cannot_be_compared_are_a_warning(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tiny.tiny_rows("sequence", 16))
+
+    rows = tiny.held_out_rows("sequence", 20)
+    for train_dataset in (Stream(), [{"text": "made into inputs by the collator", "label": 0}], [(1, 2)]):
+        trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": train_dataset})
+        with pytest.warns(UserWarning, match="cannot be checked whether training has seen rows of"):
+            trainer.calibrate(rows)
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": None})
+    trainer.calibrate(rows)
+
+
+def test_rows_without_a_label_are_refused(tmp_path):
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in tiny.held_out_rows("token", 5)]
+    with pytest.raises(ValueError, match="dataset: every label is -100; allowed are rows with a label"):
+        tiny.make_trainer("token", tmp_path).calibrate(rows)
+
+
+@every_kind
+def test_training_runs_on_raw_logits(kind, tmp_path):
+    expected = tiny.one_step(kind, tmp_path)
+    model = tiny.tiny_model(kind)
+    calibrator = TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0]))
+    attach_calibrator(model, calibrator)
+    trainer = tiny.make_trainer(kind, tmp_path, model=model)
+    with pytest.warns(UserWarning, match="fitted before this training .* Fit it again: trainer.calibrate"):
+        trainer.train()
+    assert_equal_steps({key: trainer.state.log_history[0][key] for key in expected}, expected, 1e-6)
+    batch = collate(tiny.tiny_rows(kind, 16))
+    with uncalibrated(model):
+        raw = batch_logits(model, batch)
+    torch.testing.assert_close(batch_logits(model, batch), calibrator(raw))
+
+
+def test_calibrate_a_peft_model(tmp_path):
+    model = lora_model("sequence")
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, learning_rate=0.1)
+    trainer.train()
+    rows = tiny.held_out_rows("sequence", 33)
+    raw = batch_logits(model, collate(rows))
+    fitted = trainer.calibrate(rows)
+    torch.testing.assert_close(batch_logits(model, collate(rows)), fitted(raw))
+
+
+def test_calibrate_a_model_that_was_calibrated_before_peft_wrapped_it(tmp_path):
+    model = attach_calibrator(
+        tiny.tiny_model("sequence"), TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0]))
+    )
+    trainer = tiny.make_trainer("sequence", tmp_path, model=lora_model("sequence", model), learning_rate=0.1)
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        trainer.train()
+    rows = tiny.held_out_rows("sequence", 33)
+    with uncalibrated(trainer.model):
+        raw = batch_logits(trainer.model, collate(rows))
+    fitted = trainer.calibrate(rows)
+    torch.testing.assert_close(batch_logits(trainer.model, collate(rows)), fitted(raw))
+
+
+# ---- two processes ----
+
+
+def test_two_processes_equal_one(tmp_path):
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        [*command, str(Path(tiny.__file__)), str(tmp_path), str(result)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found.pop("processes") == 2
+    expected = tiny.measure(tmp_path, per_device=16)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert_equal_steps(found[key], values)
