@@ -1,7 +1,8 @@
 """A calibrator attached to a model: the same object, with calibrated `outputs.logits`.
 
 A forward hook applies it, and a submodule holds it, so that it moves with the model. Its tensors are non-persistent
-buffers: no key of theirs reaches the weights file. What a model is asked to save, it saves with the calibrator's files.
+buffers: no key of theirs reaches the weights file. What a model is asked to save, it saves with the calibrator's
+files.
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ def _calibrate_output(model: nn.Module, args: tuple, output: Any) -> Any:
 def _save_with_calibrator(model: nn.Module, save_directory: str | Path, *args: Any, **options: Any) -> None:
     """`save_pretrained` of a calibrated model: the weights as ever, and the calibrator's files beside them."""
     if options.get("push_to_hub"):
-        raise ValueError("push_to_hub: got True, which would leave the calibrator behind; use model.push_to_hub(repo_id)")
+        raise ValueError(
+            "push_to_hub: got True, which would leave the calibrator behind; use model.push_to_hub(repo_id)"
+        )
     type(model).save_pretrained(model, save_directory, *args, **options)
     if options.get("is_main_process", True):
         folder = Path(save_directory)

@@ -30,8 +30,8 @@ def calibrate_predictions(
     Args:
         predictions ([`Predictions`]): raw logits and labels of rows that the model was not trained on.
         method (`str`): a name in `CALIBRATORS`, or `"auto"` to choose among them by cross-validated NLL.
-        test ([`Predictions`], *optional*): other rows for the report. Without them the report is cross-fitted: each fold
-            is calibrated by a calibrator that was chosen and fitted on the other folds.
+        test ([`Predictions`], *optional*): other rows for the report. Without them the report is cross-fitted: each
+            fold is calibrated by a calibrator that was chosen and fitted on the other folds.
         seed (`int`): of the folds and of the bootstrap.
     Returns:
         [`Calibration`]: the calibrator fitted on all of `predictions`, and the report.

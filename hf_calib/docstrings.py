@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+
 STANDARD_LIBRARY = "standard library"
 # label, which is the name of the distribution too -> name to import
 LIBRARIES = {

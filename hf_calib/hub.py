@@ -20,7 +20,8 @@ from .report import CalibrationReport
 def save_calibrated(
     model: PreTrainedModel, path: str | Path, *, processing_class: Any = None, report: CalibrationReport | None = None
 ) -> Path:
-    """Saves everything that a Hub repo of a calibrated model holds, in one step: all of the folder appears or none of it.
+    """Saves everything that a Hub repo of a calibrated model holds, in one step: all of the folder appears or none of
+    it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): with a calibrator attached or folded.
@@ -81,7 +82,8 @@ def push_calibrated(
 def load_calibrated(
     path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Loads a text classifier and applies its calibrator exactly once: attached, or known to be in the weights already.
+    """Loads a text classifier and applies its calibrator exactly once: attached, or known to be in the weights
+    already.
 
     Args:
         path_or_repo_id (`str` or `Path`): what `save_calibrated`, `push_calibrated`, or a calibrated model's own
@@ -102,12 +104,15 @@ def load_calibrated(
     config = AutoConfig.from_pretrained(path_or_repo_id, **hub)
     architecture = (config.architectures or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(f"{path_or_repo_id}: got a {architecture or 'model'}; allowed are ...ForSequenceClassification")
+        raise ValueError(
+            f"{path_or_repo_id}: got a {architecture or 'model'}; allowed are ...ForSequenceClassification"
+        )
     model = AutoModelForSequenceClassification.from_pretrained(path_or_repo_id, **hub, **options)
     saved, present = record.get("weights"), weights_sha256(folder)
     if None not in (saved, present) and saved != present:
         warnings.warn(
-            f"{path_or_repo_id}: the weights are not those that the calibrator was saved with; fit it again", stacklevel=2
+            f"{path_or_repo_id}: the weights are not those that the calibrator was saved with; fit it again",
+            stacklevel=2,
         )
     applied = record.get("applied")
     if applied == "attached":
@@ -115,7 +120,9 @@ def load_calibrated(
     if applied == "folded":
         mark_folded(model, calibrator)
         return model
-    raise ValueError(f'{path_or_repo_id}: calibrator.json says applied={applied!r}; allowed are "attached" and "folded"')
+    raise ValueError(
+        f'{path_or_repo_id}: calibrator.json says applied={applied!r}; allowed are "attached" and "folded"'
+    )
 
 
 def check_calibrated(model: PreTrainedModel) -> None:
@@ -138,4 +145,6 @@ def _write(
         processing_class.save_pretrained(folder)
     calibrator = attached_calibrator(model)
     applied = "folded" if calibrator is None else "attached"
-    write_model_card(folder, name=name, calibrator=calibrator or folded_calibrator(model), applied=applied, report=report)
+    write_model_card(
+        folder, name=name, calibrator=calibrator or folded_calibrator(model), applied=applied, report=report
+    )

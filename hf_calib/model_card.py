@@ -55,7 +55,10 @@ def write_diagram(path: Path, report: CalibrationReport) -> bool:
 def usage(name: str, applied: str) -> str:
     """The lines of Python that load the model, calibrated, and run a stock pipeline on it."""
     if applied == "folded":
-        return f'import hf_calib\nfrom transformers import pipeline\n\nclassifier = pipeline("text-classification", model="{name}")'
+        return (
+            "import hf_calib\nfrom transformers import pipeline\n\n"
+            f'classifier = pipeline("text-classification", model="{name}")'
+        )
     return (
         "import hf_calib\nfrom transformers import AutoTokenizer, pipeline\n\n"
         f'model, tokenizer = hf_calib.load_calibrated("{name}"), AutoTokenizer.from_pretrained("{name}")\n'
@@ -96,8 +99,8 @@ def _introduction(calibrator: Calibrator, applied: str) -> str:
     }[applied]
     labels = ", ".join(calibrator.label_names or [])
     return (
-        f"A text classifier with calibrated probabilities: of the texts it is 80 % sure about, about 80 % should be right. "
-        f"The calibrator is `{calibrator.name}`. {how}\n\nLabels: {labels}."
+        "A text classifier with calibrated probabilities: of the texts it is 80 % sure about, about 80 % should be "
+        f"right. The calibrator is `{calibrator.name}`. {how}\n\nLabels: {labels}."
     )
 
 
@@ -109,8 +112,15 @@ def _results(report: CalibrationReport | None, diagram: bool) -> str:
 
 
 def _fit(calibrator: Calibrator) -> str:
-    names = {"dataset": "Data set", "split": "Split", "rows": "Rows", "fingerprint": "Fingerprint of logits and labels"}
-    known = [f"- {title}: {calibrator.provenance[key]}" for key, title in names.items() if key in calibrator.provenance]
+    names = {
+        "dataset": "Data set",
+        "split": "Split",
+        "rows": "Rows",
+        "fingerprint": "Fingerprint of logits and labels",
+    }
+    known = [
+        f"- {title}: {calibrator.provenance[key]}" for key, title in names.items() if key in calibrator.provenance
+    ]
     if "report_rows" in calibrator.provenance:
         known.append(f"- The table's rows: {calibrator.provenance['report_rows']}")
     return "## What the calibrator was fitted on\n\n" + "\n".join(known) if known else ""

@@ -58,8 +58,8 @@ def collect_predictions(
 ) -> Predictions:
     """Runs a text classifier over labelled rows, with any attached calibrator suspended.
 
-    Labels are matched by name: the names of the data set's `ClassLabel` (or its strings) against the model's `label2id`.
-    Equal numbers mean nothing when two lists are ordered differently.
+    Labels are matched by name: the names of the data set's `ClassLabel` (or its strings) against the model's
+    `label2id`. Equal numbers mean nothing when two lists are ordered differently.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): single-label sequence classification, on whatever device it is.
@@ -86,7 +86,9 @@ def collect_predictions(
     tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
     encoded = _encode(dataset, texts, tokenizer, model.config)
     shape = (len(labels), model.config.num_labels)
-    store = _Store(shape) if output_dir is None else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels))
+    store = (
+        _Store(shape) if output_dir is None else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels))
+    )
     _run(model, encoded, tokenizer, batch_size, store)
     return Predictions(torch.from_numpy(store.logits), labels, label_names_of(model.config))
 
@@ -148,8 +150,8 @@ def _match_names(column: str, names: list[Any], config: Any, label_map: dict[str
     missing = [name for name, target in targets.items() if target not in known]
     if missing:
         raise ValueError(
-            f"{column}: the model has no label {missing[0]!r}; the data set has [{', '.join(map(str, names))}], the model "
-            f"has [{', '.join(known)}]. A label map says which is which"
+            f"{column}: the model has no label {missing[0]!r}; the data set has [{', '.join(map(str, names))}], the "
+            f"model has [{', '.join(known)}]. A label map says which is which"
         )
     return {name: known.index(target) for name, target in targets.items()}
 
@@ -167,7 +169,10 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
 
 def _encode(dataset: Any, texts: list[str], tokenizer: Any, config: Any) -> list[dict[str, Any]]:
     """Token ids of every row, cut to what the model can read."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length]
+    limits = [
+        tokenizer.model_max_length,
+        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
+    ]
     columns = [dataset[column][:] for column in texts]
     encoded = tokenizer(*columns, truncation=True, max_length=min(limits))
     return [{key: encoded[key][row] for key in encoded} for row in range(len(dataset))]
@@ -223,8 +228,10 @@ class _FolderStore(_Store):
         progress = folder / PROGRESS_NAME
         if folder.exists() and any(folder.iterdir()):
             if not progress.is_file() or json.loads(progress.read_text()) != {"request": request}:
-                raise ValueError(f"output_dir: got {folder}, which holds something else; allowed are a new folder, or one "
-                                 "with predictions of the same weights on the same rows")  # fmt: skip
+                raise ValueError(
+                    f"output_dir: got {folder}, which holds something else; allowed are a new folder, or one that "
+                    "holds predictions of the same weights on the same rows"
+                )
             self.logits = np.load(folder / "logits.npy", mmap_mode="r+")
             self.done = np.load(folder / "done.npy", mmap_mode="r+")
             return

@@ -11,18 +11,17 @@ import torch
 from .functional import (
     accuracy,
     brier_score,
-    expected_calibration_error,
     negative_log_likelihood,
-    smooth_calibration_error,
 )
 from .functional.binning import bin_numbers, interior_edges
 from .functional.calibration import events
-from .functional.checks import check_count
+from .functional.checks import check_count, check_probs
 from .functional.resampling import SumStatistic, bootstrap_interval, mean_statistic, resample_counts
 from .functional.smoothing import NUM_CELLS, grid_position, smooth_error
 
 
 NUM_BINS = 15
+SAME = 1e-6  # nats: less is rounding
 TITLES = {"accuracy": "Accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "smooth_ece": "Smooth ECE"}
 
 
@@ -34,7 +33,7 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,12 @@ class CalibrationReport:
         if self.before is None:
             return [[TITLES[name], str(estimate)] for name, estimate in self.after.items()]
         return [
-            [TITLES[name], str(self.before[name]), str(estimate), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*self.change[name])]
+            [
+                TITLES[name],
+                str(self.before[name]),
+                str(estimate),
+                "{:+.4f} [{:+.3f}, {:+.3f}]".format(*self.change[name]),
+            ]
             for name, estimate in self.after.items()
         ]
 
@@ -84,15 +88,20 @@ class CalibrationReport:
         header = self.header()
         lines = [header, [":---", *["---:"] * (len(header) - 1)], *self.rows()]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        note = f"{self.num_rows:,} rows; in brackets the 95 % interval over {self.num_resamples:,} bootstrap resamples."
-        return "\n\n".join(part for part in (table, note, self.verdict()) if part)
+        return "\n\n".join(part for part in (table, self.note(), self.verdict()) if part)
+
+    def note(self) -> str:
+        """How many rows, and what the brackets are."""
+        return (
+            f"{self.num_rows:,} rows; in brackets the 95 % interval over {self.num_resamples:,} bootstrap resamples."
+        )
 
     def verdict(self) -> str:
         """One sentence: did NLL, the proper score, change for real, and if these rows cannot tell, how many could."""
         if self.change is None:
             return ""
         gain, low, high = -self.change["nll"].value, -self.change["nll"].high, -self.change["nll"].low
-        if gain == low == high == 0:
+        if max(abs(low), abs(high)) < SAME:
             return "Nothing changed: the probabilities are the same before and after."
         interval = f"{abs(gain):.4f} nats (95 % interval of the gain {low:+.4f} to {high:+.4f})"
         if low > 0:
@@ -101,9 +110,8 @@ class CalibrationReport:
             return f"Do not use this calibrator: NLL rises by {interval}."
         rows = _round_up(self.num_rows * ((high - low) / 2 / gain) ** 2) if gain else None
         settle = f"about {rows:,} rows would settle it" if rows else "no number of rows like these would settle it"
-        return (
-            f"{self.num_rows:,} rows are too few to tell: NLL {'falls' if gain > 0 else 'rises'} by {interval}; {settle}."
-        )
+        verb = "falls" if gain > 0 else "rises"
+        return f"{self.num_rows:,} rows are too few to tell: NLL {verb} by {interval}; {settle}."
 
 
 def evaluate_calibration(
@@ -118,12 +126,12 @@ def evaluate_calibration(
     """Accuracy, NLL, Brier, ECE and smooth ECE, with 95 % bootstrap intervals, alone or against what was there before.
 
     Args:
-        probs (`torch.Tensor`, floating): class probabilities `(..., C)`; or `(N,)` probabilities of an event, for which
-            there is no accuracy. Logits are refused.
+        probs (`torch.Tensor`, floating): class probabilities `(..., C)`; or `(N,)` probabilities of an event, for
+            which there is no accuracy. Logits are refused.
         labels (`torch.Tensor`, integer): `(...)` in `[0, C)`, or `(N,)` in {0, 1}. Use rows that neither training nor
             fitting has seen.
-        before (`torch.Tensor`, *optional*): uncalibrated probabilities of the same rows; changes are then paired, on the
-            same resamples.
+        before (`torch.Tensor`, *optional*): uncalibrated probabilities of the same rows; changes are then paired, on
+            the same resamples.
         num_resamples (`int`): bootstrap resamples.
         seed (`int`): of the resampling.
         ignore_index (`int`): rows with this label are left out.
@@ -137,49 +145,58 @@ def evaluate_calibration(
     check_count("num_resamples", num_resamples)
     if before is not None and before.shape != probs.shape:
         raise ValueError(f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}")
-    sides = [_statistics(side.cpu(), labels.cpu(), ignore_index) for side in (probs, before) if side is not None]
-    num_rows = len(next(iter(sides[0].values())).values)
-    ones = torch.ones(num_rows, 1, dtype=torch.float64)
-    values = [{name: float(statistic(ones)) for name, statistic in side.items()} for side in sides]
-    blocks = [
-        [{name: statistic(counts) for name, statistic in side.items()} for side in sides]
-        for counts in resample_counts(num_rows, num_resamples, seed=seed)
+    sides = [
+        check_probs(side.cpu(), labels.cpu(), ignore_index=ignore_index)
+        for side in (probs, before)
+        if side is not None
     ]
-    replicates = [{name: torch.cat([block[i][name] for block in blocks]) for name in side} for i, side in enumerate(sides)]
-
-    def estimates(value: dict, draws: dict, floor: float) -> dict[str, Estimate]:
-        found = {}
-        for name in value:
-            low, high = bootstrap_interval(value[name], draws[name])
-            found[name] = Estimate(value[name], max(low, floor), high)
-        return found
-
-    after = estimates(values[0], replicates[0], 0.0)
-    if before is None:
-        return CalibrationReport(num_rows, num_resamples, after)
-    change = {name: values[0][name] - values[1][name] for name in after}
-    change_draws = {name: replicates[0][name] - replicates[1][name] for name in after}
+    statistics = [_statistics(*side) for side in sides]
+    num_rows = len(sides[0][1])
+    values = _evaluate(statistics, torch.ones(num_rows, 1, dtype=torch.float64))
+    blocks = [_evaluate(statistics, counts) for counts in resample_counts(num_rows, num_resamples, seed=seed)]
+    replicates = [
+        {name: torch.cat([block[i][name] for block in blocks]) for name in values[i]} for i in range(len(sides))
+    ]
     return CalibrationReport(
         num_rows,
         num_resamples,
-        after,
-        estimates(values[1], replicates[1], 0.0),
-        estimates(change, change_draws, -math.inf),
+        *(_estimates(value, draws, lowest=0.0) for value, draws in zip(values, replicates, strict=True)),
+        change=None
+        if before is None
+        else _estimates(_difference(*values), _difference(*replicates), lowest=-math.inf),
+        events=tuple(tuple(column[:, 0] for column in events(*side)) for side in sides),
     )
 
 
-def _statistics(probs: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> dict[str, SumStatistic]:
+def _evaluate(statistics: list[dict[str, SumStatistic]], counts: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{name: statistic(counts) for name, statistic in side.items()} for side in statistics]
+
+
+def _difference(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def _estimates(
+    values: dict[str, torch.Tensor], replicates: dict[str, torch.Tensor], lowest: float
+) -> dict[str, Estimate]:
+    found = {}
+    for name, value in values.items():
+        low, high = bootstrap_interval(float(value), replicates[name])
+        found[name] = Estimate(float(value), max(low, lowest), high)
+    return found
+
+
+def _statistics(probs: torch.Tensor, labels: torch.Tensor) -> dict[str, SumStatistic]:
     """Every metric of the table as a function of sums over rows."""
-    options = {"ignore_index": ignore_index, "reduction": "none"}
-    means = {"nll": negative_log_likelihood(probs, labels, **options), "brier": brier_score(probs, labels, **options)}
+    rows = [("nll", negative_log_likelihood), ("brier", brier_score)]
     if probs.dim() > 1:
-        means = {"accuracy": accuracy(probs, labels, **options), **means}
-    scores, outcomes = events(probs, labels, ignore_index=ignore_index)
+        rows.insert(0, ("accuracy", accuracy))
+    scores, outcomes = events(probs, labels)
     residuals = outcomes.double() - scores.double()
     bins = bin_numbers(scores, interior_edges(scores, NUM_BINS, "width"))
     cells, upper = grid_position(scores)
     return {
-        **{name: mean_statistic(values) for name, values in means.items()},
+        **{name: mean_statistic(function(probs, labels, reduction="none")) for name, function in rows},
         "ece": SumStatistic(bins, residuals, NUM_BINS, lambda sums: sums.abs().sum(-1)),
         "smooth_ece": SumStatistic(
             torch.cat([cells, cells + 1], dim=1),

@@ -15,8 +15,8 @@ class Calibrator(nn.Module):
     """Maps logits to logits whose softmax is the calibrated probability. Subclasses say how in two pure functions.
 
     `_fit(logits, labels, weights)` returns the fitted tensors by name, and `_calibrate(logits)` applies them. Fitted
-    tensors are non-persistent buffers, so they move with the model they are attached to, never enter its weights file, and
-    keep their precision when the model is cast to another.
+    tensors are non-persistent buffers, so they move with the model they are attached to, never enter its weights
+    file, and keep their precision when the model is cast to another.
 
     Attributes:
         num_labels (`int` or `None`): number of classes it was fitted on.
@@ -49,10 +49,11 @@ class Calibrator(nn.Module):
         """Fits on rows that the model was not trained on.
 
         Args:
-            logits (`torch.Tensor` of shape `(..., C)`, floating): raw logits or log-probabilities. `-inf` marks classes
-                that cannot occur.
+            logits (`torch.Tensor` of shape `(..., C)`, floating): raw logits or log-probabilities. `-inf` marks
+                classes that cannot occur.
             labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`).
-            sample_weight (`torch.Tensor` of shape `(...)`, floating, not negative, *optional*): how much each row counts.
+            sample_weight (`torch.Tensor` of shape `(...)`, floating, not negative, *optional*): how much each row
+                counts.
             ignore_index (`int`): rows with this label are left out.
         Returns:
             the calibrator itself.
@@ -71,7 +72,9 @@ class Calibrator(nn.Module):
         if self.num_labels is None:
             raise ValueError(f"{type(self).__name__}: not fitted; call fit(logits, labels) or load one first")
         if logits.shape[-1] != self.num_labels:
-            raise ValueError(f"logits: got {logits.shape[-1]} classes; this calibrator was fitted on {self.num_labels}")
+            raise ValueError(
+                f"logits: got {logits.shape[-1]} classes; this calibrator was fitted on {self.num_labels}"
+            )
         return self._calibrate(logits)
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
@@ -103,7 +106,7 @@ class Calibrator(nn.Module):
         write_calibrator(self, Path(path))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Commits the two calibrator files to the Hub repo `repo_id`, made if it is missing; returns the commit's URL."""
+        """Commits the two files to the Hub repo `repo_id`, made if it is missing; returns the commit's URL."""
         from .storage import push_calibrator
 
         return push_calibrator(self, repo_id, private=private, token=token)
@@ -162,7 +165,9 @@ def check_fit(
         ValueError: naming the argument, the value and what is allowed.
     """
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        raise ValueError(f"logits: got {getattr(logits, 'dtype', type(logits).__name__)}; allowed are floating tensors")
+        raise ValueError(
+            f"logits: got {getattr(logits, 'dtype', type(logits).__name__)}; allowed are floating tensors"
+        )
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
         raise ValueError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}; allowed are integer tensors")
     if logits.dim() < 2 or logits.shape[-1] < 2 or logits.shape[:-1] != labels.shape:
@@ -199,8 +204,8 @@ def _check_finite(logits: torch.Tensor, labels: torch.Tensor) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"logits: the largest of row {row} is {float(highest[row])}; allowed are finite values, and -inf for classes "
-            "that cannot occur"
+            f"logits: the largest of row {row} is {float(highest[row])}; allowed are finite values, "
+            "and -inf for classes that cannot occur"
         )
     chosen = logits.gather(-1, labels[:, None])[:, 0]
     if not chosen.isfinite().all():

@@ -16,11 +16,12 @@ class IsotonicCalibration(Calibrator):
 
     Between its steps the function is interpolated; the classes' values are divided by their sum.
 
-    *When to use:* with thousands of rows and a distortion that no temperature removes. On few rows it memorises: a class
-    can get probability 0, which one surprise makes expensive (see `select_calibrator`).
+    *When to use:* with thousands of rows and a distortion that no temperature removes. On few rows it memorises: a
+    class can get probability 0, which one surprise makes expensive (see `select_calibrator`).
 
     Attributes:
-        thresholds (`torch.Tensor` of shape `(C, M)`, float64): probabilities at the knots, rising; the last one repeats.
+        thresholds (`torch.Tensor` of shape `(C, M)`, float64): probabilities at the knots, rising; the last one
+            repeats.
         values (`torch.Tensor` of shape `(C, M)`, float64): the function there.
     Source:
         Zadrozny & Elkan 2002, section 4; scikit-learn's solver, knots and interpolation.

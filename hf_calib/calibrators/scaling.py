@@ -13,7 +13,8 @@ from .base import Calibrator
 BLOCK_ELEMENTS = 2**19  # logits worked on at a time: small enough for a cache, large enough for a call to pay
 START_ROWS = 2000  # rows of the subsample that starts the search
 MAX_PASSES = 60
-# How far T may lie from the logits' own scale. Beyond e^9 a softmax is one-hot or uniform to all that a float can tell.
+# How far T may lie from the logits' own scale. Beyond e^9 a softmax is one-hot or uniform to all that a float can
+# tell.
 LOG_RANGE = 9.0
 # A third-order step of this length in log T leaves an error of its cube, far below 1e-7 nats.
 LAST_STEP = 0.04
@@ -27,8 +28,8 @@ class TemperatureScaling(Calibrator):
     Attributes:
         temperature (`torch.Tensor` of shape `()`, float32): above 1 where the model was too sure of itself.
     Source:
-        Guo et al. 2017 (arXiv 1706.04599), section 4.2. Where LBFGS is usual, the NLL, convex in $1/T$, is minimised by
-        third-order steps in $\log T$, kept inside a shrinking bracket.
+        Guo et al. 2017 (arXiv 1706.04599), section 4.2. Where LBFGS is usual, the NLL, convex in $1/T$, is minimised
+        by third-order steps in $\log T$, kept inside a shrinking bracket.
     Example:
         >>> import torch
         >>> p = torch.tensor([0.8, 0.2])  # what really happens: class 0 eight times in ten
@@ -54,6 +55,10 @@ class TemperatureScaling(Calibrator):
             return f"temperature is {temperature.tolist()}; allowed is one number above 0"
         return None
 
+    def extra_repr(self) -> str:
+        fitted = self.temperature is not None
+        return f"temperature={self.temperature.item():.4f}, {super().extra_repr()}" if fitted else super().extra_repr()
+
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         # Half-precision logits are divided in float32: torch would round T itself to the logits' dtype otherwise
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -70,11 +75,14 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
         labels (`torch.Tensor` of shape `(N,)`, int64).
         weights (`torch.Tensor` of shape `(N,)`, float64).
     Warns:
-        UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict labels.
+        UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict
+        labels.
     """
     separable = bool((logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1)).all())
     if separable:
-        _warn("every label is the most probable class; took the best one had the least sure row been wrong (at most 1)")
+        _warn(
+            "every label is the most probable class; took the best one had the least sure row been wrong (at most 1)"
+        )
         labels = _flip_least_sure(logits, labels)
     stride = max(1, len(logits) // START_ROWS)
     scale = _spread(logits[::stride])
@@ -88,7 +96,9 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
     if separable:
         return min(temperature, 1.0)
     if log_t == LOG_RANGE:
-        _warn(f"the logits do not predict the labels; took {temperature:.3g}, which makes all classes equally probable")
+        _warn(
+            f"the logits do not predict the labels; took {temperature:.3g}, which makes all classes equally probable"
+        )
     return temperature
 
 
@@ -112,9 +122,7 @@ def _spread(logits: torch.Tensor) -> float:
     return float(below.where(finite, 0).sum() / finite.sum())
 
 
-def _minimise(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float
-) -> float:
+def _minimise(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float) -> float:
     """Safeguarded third-order steps on the NLL as a function of log T (T in units of `scale`), from `log_t`."""
     low, high = -LOG_RANGE, LOG_RANGE
     for _ in range(MAX_PASSES):

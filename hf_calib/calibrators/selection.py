@@ -19,7 +19,7 @@ SCORES = ("nll", "brier")
 
 
 class SelectionRow(NamedTuple):
-    """One candidate: its mean score on rows it was not fitted on, how sure that is, and what a fit on all rows took."""
+    """One candidate: its mean score on rows it was not fitted on, how sure that is, and the time of a fit."""
 
     name: str
     score: float
@@ -44,14 +44,14 @@ def select_calibrator(
         labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`).
         candidates (sequence of `str`, *optional*): names in `CALIBRATORS`, all of them by default. Identity always
             takes part: a calibrator that does not beat doing nothing is not chosen.
-        score (`"nll"` or `"brier"`): a proper score, lower is better. Calibration errors are no choice: they are lowest
-            for a calibrator that says the base rate every time.
+        score (`"nll"` or `"brier"`): a proper score, lower is better. Calibration errors are no choice: they are
+            lowest for a calibrator that says the base rate every time.
         num_folds (`int`): parts that the rows are dealt into, each class evenly.
         seed (`int`): of the dealing.
         ignore_index (`int`): rows with this label are left out.
     Returns:
-        the calibrator of the lowest mean score (of equals, the first in `CALIBRATORS`, the simplest), fitted on all rows.
-        Its `selection` lists every candidate as a [`SelectionRow`].
+        the calibrator of the lowest mean score (of equals, the first in `CALIBRATORS`, the simplest), fitted on all
+        rows. Its `selection` lists every candidate as a [`SelectionRow`].
     Raises:
         ValueError: as `Calibrator.fit`; an unknown candidate or score; fewer rows than folds.
     """
@@ -110,7 +110,7 @@ def _candidate_names(candidates: Sequence[str] | None) -> list[str]:
 
 
 def _deal(labels: torch.Tensor, num_folds: int, seed: int) -> torch.Tensor:
-    """The fold of each row: shuffled, then dealt out class by class, so that each fold gets its share of every class."""
+    """The fold of each row: shuffled, then dealt out class by class, so that each fold gets its share of each."""
     if not 2 <= num_folds <= len(labels):
         raise ValueError(f"num_folds: got {num_folds} for {len(labels)} rows; allowed are 2 to the number of rows")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)

@@ -1,4 +1,4 @@
-"""A calibrator on disk and on the Hub: `calibrator.json` says what it is, `calibrator.safetensors` holds its tensors."""
+"""A calibrator as files: `calibrator.json` says what it is, `calibrator.safetensors` holds its tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -117,7 +116,7 @@ def load_calibrator(folder: Path) -> Calibrator:
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """One hash of all model weights in a folder: the sha256 of its safetensors files, in order of name; None without."""
+    """One hash of the model weights in a folder: sha256 of its safetensors files, in order of name; None without."""
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != TENSORS_NAME)
     digest = hashlib.sha256()
     for file in files:
@@ -137,7 +136,9 @@ def push_calibrator(calibrator: Calibrator, repo_id: str, *, private: bool | Non
     api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as folder:
         write_calibrator(calibrator, Path(folder))
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Add {calibrator.name} calibrator")
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Add {calibrator.name} calibrator"
+        )
     return str(commit.commit_url)
 
 
@@ -146,9 +147,7 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
     try:
-        files = [
-            hf_hub_download(repo_id, name, revision=revision, token=token) for name in (JSON_NAME, TENSORS_NAME)
-        ]
+        files = [hf_hub_download(repo_id, name, revision=revision, token=token) for name in (JSON_NAME, TENSORS_NAME)]
     except EntryNotFoundError:
         raise FileNotFoundError(f"{repo_id}: the repo holds no {JSON_NAME} and {TENSORS_NAME}") from None
     except (HFValidationError, RepositoryNotFoundError):

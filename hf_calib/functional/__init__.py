@@ -1,7 +1,7 @@
 """The mathematics: torch tensors in, torch tensors out; no state, no files, no models.
 
-Every function takes probabilities (never logits) and labels, and everything after them by keyword. The one exception is
-the losses, which are what a model is trained on and therefore take logits.
+Every function takes probabilities (never logits) and labels, and everything after them by keyword. The one exception
+is the losses, which are what a model is trained on and therefore take logits.
 """
 
 from .calibration import (

@@ -1,4 +1,4 @@
-"""Bins `(low, high]` over [0, 1]: 0 falls into the first, 1 into the last, and there are exactly `num_bins` of them."""
+"""Bins `(low, high]` over [0, 1]: 0 falls into the first, 1 into the last, and there are exactly `num_bins`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.T
     Args:
         scores (`torch.Tensor` of shape `(N, K)`, floating in `[0, 1]`).
         num_bins (`int`): at least 1.
-        binning (`"width"` or `"mass"`): equal widths, or as near to equal counts as ties allow: equal scores share a bin.
+        binning (`"width"` or `"mass"`): equal widths, or as near to equal counts as ties allow: equal scores share a
+            bin.
     Returns:
         `torch.Tensor` of shape `(K, num_bins - 1)`, ascending, dtype of `scores`.
     """

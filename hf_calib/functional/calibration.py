@@ -40,22 +40,24 @@ def expected_calibration_error(
     $$\mathrm{ECE} = \sum_b \frac{n_b}{n}\,\lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert$$
 
     Args:
-        probs (`torch.Tensor`, floating): class probabilities `(..., C)` with rows that sum to 1; or `(N,)` probabilities
-            of an event, as confidence-and-correctness pairs are; or `(..., L)` with `task="multilabel"`. Logits are
-            refused.
+        probs (`torch.Tensor`, floating): class probabilities `(..., C)` with rows that sum to 1; or `(N,)`
+            probabilities of an event, as confidence-and-correctness pairs are; or `(..., L)` with
+            `task="multilabel"`. Logits are refused.
         labels (`torch.Tensor`, integer): `(...)` in `[0, C)`; or `(N,)` in {0, 1}; or `(..., L)` in {0, 1}.
         num_bins (`int`): bins `(low, high]`; 0 falls into the first, 1 into the last; empty bins contribute 0.
         binning (`"width"` or `"mass"`): bins of equal width, or of equal counts (equal confidences share a bin).
         norm (`"l1"`, `"l2"` or `"max"`): weighted mean of the gaps, root of the weighted mean of their squares, or the
             largest gap.
-        target (`"top"` or `"class"`): the most probable class of a row, or every class by itself, averaged over classes.
+        target (`"top"` or `"class"`): the most probable class of a row, or every class by itself, averaged over
+            classes.
         task (`None` or `"multilabel"`): with `"multilabel"`, the mean over labels of each label's own error.
         ignore_index (`int`): rows with this label are left out.
     Returns:
         `torch.Tensor` of shape `()`, float64, in `[0, 1]`: a fraction, lower is better. On few rows it is biased
         upward: noise in a bin's accuracy counts as a gap.
     Raises:
-        ValueError: shapes disagree, a row does not sum to 1 within the dtype's tolerance, a value is not finite, a label
+        ValueError: shapes disagree, a row does not sum to 1 within the dtype's tolerance, a value is not finite, a
+        label
             is out of range, or no row is left.
     Source:
         Guo et al. 2017 (arXiv 1706.04599), section 2; `target="class"` is Kull et al. 2019 (arXiv 1910.12656). Bins
@@ -156,7 +158,8 @@ def reliability_curve(
     """Confidence and accuracy by confidence bin: what a reliability diagram draws.
 
     Args:
-        probs, labels, num_bins, binning, ignore_index: as in `expected_calibration_error`; class probabilities are read
+        probs, labels, num_bins, binning, ignore_index: as in `expected_calibration_error`; class probabilities are
+        read
             by their top label.
     Returns:
         [`ReliabilityCurve`]: `edges`, `counts`, `confidence`, `accuracy`.
@@ -181,13 +184,14 @@ def events(
     task: str | None = None,
     ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a calibration error is about: probabilities of events and whether these happened, a column per kind of event.
+    """What a calibration error is about: probabilities of events and whether these happened, a column per kind of
+    event.
 
     Args:
         probs, labels, target, task, ignore_index: as in `expected_calibration_error`.
     Returns:
-        scores `(N, K)`, floating, and outcomes `(N, K)`, bool. `K` is 1 for top labels and single events, and the number
-        of classes or labels otherwise.
+        scores `(N, K)`, floating, and outcomes `(N, K)`, bool. `K` is 1 for top labels and single events, and the
+        number of classes or labels otherwise.
     """
     check_choice("target", target, TARGETS)
     probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)

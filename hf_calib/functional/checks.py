@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 
-# A probability of zero would make an event that happens infinitely surprising. Logarithms floor it at float32's smallest
-# normal number (87.3 nats), whatever the dtype, so that no ordinary float32 or float64 probability is touched.
+# A probability of zero would make an event that happens infinitely surprising. Logarithms floor it at float32's
+# smallest normal number (87.3 nats), whatever the dtype, so that no ordinary float32 or float64 probability is
+# touched.
 PROBABILITY_FLOOR = 2.0**-126
 
 TASKS = (None, "multilabel")
@@ -79,13 +80,13 @@ def _check_shapes(probs: torch.Tensor, labels: torch.Tensor, task: str | None) -
     expected = probs.shape if probs.dim() == 1 else probs.shape[:-1]
     if probs.dim() == 0 or labels.shape != expected:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)} for probs of shape {tuple(probs.shape)}; allowed are (...) labels "
-            "for (..., C) rows, (N,) for the (N,) probabilities of an event, or task='multilabel'"
+            f"labels: got shape {tuple(labels.shape)} for probs of shape {tuple(probs.shape)}; allowed are (...) "
+            "labels for (..., C) rows, (N,) for the (N,) probabilities of an event, or task='multilabel'"
         )
 
 
 def _check_rows(probs: torch.Tensor) -> None:
-    """Rows sum to 1: half-precision rows honestly miss it by as much as their own rounding, so the tolerance follows."""
+    """Rows sum to 1: half-precision rows honestly miss it by their own rounding, so the tolerance follows."""
     tolerance = max(1e-4, torch.finfo(probs.dtype).eps)
     total = probs.sum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
     wrong = ((total - 1).abs() <= tolerance).logical_not()  # written so that NaN is wrong too

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .checks import check_choice, check_labels
 
+
 REDUCTIONS = ("mean", "sum", "none")
 
 

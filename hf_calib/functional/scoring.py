@@ -1,4 +1,4 @@
-"""Proper scores: they are lowest, on average, for the true probabilities. Choose by these; calibration errors illustrate."""
+"""Proper scores are lowest, on average, for the true probabilities. Choose by these; calibration errors illustrate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def negative_log_likelihood(
         probs (`torch.Tensor` of shape `(..., C)`, `(N,)`, or `(..., L)` with `task="multilabel"`): probabilities.
             Logits are refused. A probability of 0 counts as `PROBABILITY_FLOOR`, 87.3 nats.
         labels (`torch.Tensor`, integer): what happened; shapes as in `expected_calibration_error`.
-        log_probs (`torch.Tensor` of shape `(..., C)`): in place of `probs`, normalised log-probabilities, which keep the
-            precision that very small probabilities lose. `-inf` counts as the same floor.
+        log_probs (`torch.Tensor` of shape `(..., C)`): in place of `probs`, normalised log-probabilities, which keep
+            the precision that very small probabilities lose. `-inf` counts as the same floor.
         task (`None` or `"multilabel"`): with `"multilabel"`, the mean over labels of each label's own NLL.
         ignore_index (`int`): rows with this label are left out.
         reduction (`"mean"` or `"none"`): the mean, or one value per row that is not ignored.
@@ -125,9 +125,7 @@ def accuracy(
     return correct.mean() if reduction == "mean" else correct
 
 
-def _log_likelihood_from_log_probs(
-    log_probs: torch.Tensor, labels: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+def _log_likelihood_from_log_probs(log_probs: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     if log_probs.dim() < 2 or log_probs.shape[:-1] != labels.shape:
         raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)} for labels of {tuple(labels.shape)}; "
                          "allowed are (..., C) rows for (...) labels")  # fmt: skip

@@ -1,8 +1,9 @@
 """The heat kernel on [0, 1]: what the smooth calibration error smooths with.
 
-A Gaussian reflected at both ends is the heat kernel of an interval with insulated ends, whose eigenfunctions are cosines:
-smoothing by sigma multiplies the k-th cosine coefficient by exp(-(pi k sigma)^2 / 2). On a grid that includes both ends
-the cosine transform is a real FFT of the mirrored values, and a point at the end keeps its full weight.
+A Gaussian reflected at both ends is the heat kernel of an interval with insulated ends, whose eigenfunctions are
+cosines: smoothing by sigma multiplies the k-th cosine coefficient by exp(-(pi k sigma)^2 / 2). On a grid that
+includes both ends the cosine transform is a real FFT of the mirrored values, and a point at the end keeps its full
+weight.
 """
 
 from __future__ import annotations
@@ -34,10 +35,22 @@ def grid_masses(scores: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
 
 
 def grid_position(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The grid point below each score (int64, at most `NUM_CELLS - 1`) and the share in `[0, 1]` of the point above it."""
+    """The grid point below each score (int64, at most `NUM_CELLS - 1`) and the share of the point above it."""
     position = scores.double() * NUM_CELLS
     cells = position.floor().clamp_max(NUM_CELLS - 1)
     return cells.long(), position - cells
+
+
+def smooth(masses: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The density of masses on the grid after smoothing by the heat kernel, at the points of the grid.
+
+    Args:
+        masses (`torch.Tensor` of shape `(..., NUM_CELLS + 1)`, float64).
+        sigma (`torch.Tensor` of shape `(...)` or `()`, float64, positive): the kernel's width.
+    Returns:
+        `torch.Tensor` of shape `(..., NUM_CELLS + 1)`, float64: its integral over [0, 1] is the sum of the masses.
+    """
+    return _smoothed_density(_cosine_coefficients(masses), sigma)
 
 
 def smooth_error(masses: torch.Tensor) -> torch.Tensor:
@@ -68,10 +81,14 @@ def _cosine_coefficients(masses: torch.Tensor) -> torch.Tensor:
     return torch.fft.rfft(masses, n=2 * NUM_CELLS).real
 
 
-def _smoothed_norm(coefficients: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """L1 norm over [0, 1] of the masses smoothed by sigma, by the trapezoid rule on the grid."""
+def _smoothed_density(coefficients: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     frequency = torch.arange(NUM_CELLS + 1, dtype=torch.float64, device=sigma.device) * torch.pi
     damped = coefficients * torch.exp(-0.5 * (frequency * sigma[..., None]).square())
     # density(t) = a_0 + 2 sum_k a_k cos(pi k t); irfft supplies the factor 2 and the sum over both signs of k
-    density = torch.fft.irfft(damped, n=2 * NUM_CELLS)[..., : NUM_CELLS + 1].abs() * 2 * NUM_CELLS
+    return torch.fft.irfft(damped, n=2 * NUM_CELLS)[..., : NUM_CELLS + 1] * 2 * NUM_CELLS
+
+
+def _smoothed_norm(coefficients: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """L1 norm over [0, 1] of the masses smoothed by sigma, by the trapezoid rule on the grid."""
+    density = _smoothed_density(coefficients, sigma).abs()
     return (density.sum(-1) - (density[..., 0] + density[..., -1]) / 2) / NUM_CELLS

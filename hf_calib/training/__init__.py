@@ -3,4 +3,5 @@
 from .arguments import CalibrationTrainingArguments
 from .trainer import CalibrationTrainer
 
+
 __all__ = ["CalibrationTrainer", "CalibrationTrainingArguments"]

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..calibrators import CALIBRATORS
 from ..losses import LOSSES, make_loss
 
+
 CALIBRATOR_CHOICES = ("auto", *CALIBRATORS)
 
 
@@ -34,8 +35,8 @@ class CalibrationTrainingArguments(TrainingArguments):
         ValueError: a name or a hyper-parameter is unknown, a value is out of its range, the string is not a JSON
             object, or `label_smoothing_factor` is used: label smoothing is a `calibration_loss` here.
     Example:
-        >>> import hf_calib
-        >>> args = hf_calib.CalibrationTrainingArguments("out", calibration_loss="focal", use_cpu=True)
+        >>> from hf_calib.training import CalibrationTrainingArguments
+        >>> args = CalibrationTrainingArguments("out", calibration_loss="focal", use_cpu=True)
         >>> args.calibration_loss, args.calibrator
         ('focal', 'temperature')
     """

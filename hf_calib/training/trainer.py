@@ -21,6 +21,7 @@ from ..calibrators import CALIBRATORS, Calibrator, select_calibrator
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments, check_calibrator_name
 
+
 IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
 SUPPORTED_HEADS = ("ForSequenceClassification", "ForTokenClassification")
 LABEL_COLUMNS = ("labels", "label", "label_ids")

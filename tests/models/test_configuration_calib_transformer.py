@@ -46,6 +46,7 @@ def test_save_and_load_keep_every_field(tmp_path):
     assert loaded.to_diff_dict() == config.to_diff_dict()
     assert loaded.classifier_dropout == 0.0
     assert loaded.num_labels == 3
+    assert loaded.to_dict()["model_type"] == "calib_transformer"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hf_calib.models import (
 )
 from hf_calib.models.modeling_calib_transformer import mean_over_tokens, rotary_table, rotate
 
+
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 # transformers 5.20 knows only gradient_checkpointing_enable, later versions deprecate it; peft 0.21 uses the old names
 OLD_CHECKPOINTING_NAME = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -296,11 +297,12 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
         assert gradient.abs().max() > 0, name
 
 
-def test_dropout_acts_in_training_only_and_at_each_rate():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_acts_in_training_only_and_at_each_rate(attention):
     inputs = tokens([9, 4])
     for rate in ("dropout", "attention_dropout", "classifier_dropout"):
         off = {"dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
-        model = tiny_model(**{**off, rate: 0.5})
+        model = tiny_model(**{**off, rate: 0.5}, attn_implementation=attention)
         assert torch.equal(model(**inputs).logits, model(**inputs).logits)
         model.train()
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits), rate

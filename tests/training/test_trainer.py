@@ -451,9 +451,8 @@ def test_calibrate_a_peft_model(tmp_path):
 
 
 def test_calibrate_a_model_that_was_calibrated_before_peft_wrapped_it(tmp_path):
-    model = attach_calibrator(
-        tiny.tiny_model("sequence"), TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0]))
-    )
+    model = tiny.tiny_model("sequence")
+    attach_calibrator(model, TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0])))
     trainer = tiny.make_trainer("sequence", tmp_path, model=lora_model("sequence", model), learning_rate=0.1)
     with pytest.warns(UserWarning, match="fitted before this training"):
         trainer.train()
@@ -467,6 +466,7 @@ def test_calibrate_a_model_that_was_calibrated_before_peft_wrapped_it(tmp_path):
 # ---- two processes ----
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

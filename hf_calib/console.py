@@ -1,0 +1,37 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .calibrators import Calibrator
+from .report import CalibrationReport
+
+
+def print_report(report: CalibrationReport, console: Console) -> None:
+    """The report's table, its note and its verdict."""
+    table = Table(*report.header(), box=None, padding=(0, 1))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.rows():
+        table.add_row(*map(_escape, row))
+    console.print(table)
+    for line in filter(None, (report.note(), report.verdict())):
+        console.print(line, markup=False, highlight=False)
+
+
+def print_selection(calibrator: Calibrator, console: Console) -> None:
+    """The candidates, where there was a choice, and what was fitted."""
+    for row in getattr(calibrator, "selection", ()):
+        mark = "<- chosen" if row.name == calibrator.name else ""
+        console.print(
+            f"   {row.name:<12} cross-validated NLL {row.score:.4f} (standard error {row.standard_error:.4f}) {mark}",
+            markup=False,
+            highlight=False,
+        )
+    console.print(f"   Fitted {calibrator} on {calibrator.provenance['rows']:,} rows", markup=False, highlight=False)
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("[", r"\[")
