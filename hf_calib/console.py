@@ -11,7 +11,7 @@ from .report import CalibrationReport
 
 def print_report(report: CalibrationReport, console: Console) -> None:
     """The report's table, its note and its verdict."""
-    table = Table(*report.header(), box=None, padding=(0, 1))
+    table = Table(*report.header(), box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in report.rows():
