@@ -7,6 +7,7 @@ import torch
 from hf_calib.functional import losses as functional
 from hf_calib.losses import LOSSES, BrierLoss, CrossEntropy, FocalLoss, LabelSmoothing, make_loss
 
+
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, -100, 1, 2, 2])
 

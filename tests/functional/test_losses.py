@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from hf_calib.functional.losses import brier_loss, cross_entropy_loss, focal_loss, label_smoothing_loss
 
+
 ALL = [cross_entropy_loss, label_smoothing_loss, focal_loss, brier_loss]
 every_loss = pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
 

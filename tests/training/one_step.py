@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from hf_calib.losses import LOSSES
 from hf_calib.training import CalibrationTrainer, CalibrationTrainingArguments
 
+
 NUM_LABELS, LENGTH = 3, 6
 MODELS = {"sequence": BertForSequenceClassification, "token": BertForTokenClassification}
 

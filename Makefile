@@ -1,0 +1,62 @@
+# The whole interface: demo, test, lint, bench, examples, test-oldest.
+# PIP_ARGS goes to every pip install, for instance an index of CPU wheels: make demo PIP_ARGS="--index-url ..."
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+SOURCES = $(shell find hf_calib -type f -not -name '*.pyc') pyproject.toml
+OLDEST_TRANSFORMERS = 5.20.0
+
+.PHONY: demo test lint bench examples test-oldest clean
+
+demo: $(VENV)/.package
+	$(BIN)/hf-calib demo
+
+# Run from tests/, so that what is imported is the installed wheel and never the source beside it.
+test: $(VENV)/.test $(VENV)/.package
+	cd tests && $(abspath $(BIN))/pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test $(VENV)/.package
+	$(BIN)/python examples/benchmarks/speed.py
+	$(BIN)/python examples/benchmarks/readme.py
+
+examples: $(VENV)/.test $(VENV)/.package
+	$(BIN)/python examples/calibrate_and_reload.py
+
+test-oldest:
+	sed -e '/^transformers==/d' constraints.txt > .oldest-constraints.txt
+	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> .oldest-constraints.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.oldest-constraints.txt
+
+CONSTRAINTS ?= constraints.txt
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Dependencies first, so that a change of the source reinstalls the package alone.
+$(VENV)/.dependencies: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	$(PIP) -c $(CONSTRAINTS) '.[plots]'
+	touch $@
+
+$(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
+	rm -rf build
+	$(PIP) --no-deps --force-reinstall .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.dependencies
+	$(PIP) -c $(CONSTRAINTS) '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
+	$(PIP) -c $(CONSTRAINTS) ruff
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .oldest-constraints.txt build dist *.egg-info

@@ -1,0 +1,113 @@
+"""Imports go only downward: every module of the package stands on a floor and may not import one above it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_calib
+
+
+PACKAGE = Path(hf_calib.__file__).parent
+FLOORS = (
+    {"functional", "version"},
+    {"calibrators", "losses", "metrics"},
+    {"model_card", "plots", "report"},
+    {
+        "attaching", "calibrate", "docstrings", "folding", "hub", "models", "prediction_files", "predictions", "training",
+    },
+    {"cli", "console", "demo"},
+)  # fmt: skip
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+# What `import hf_calib` must not cost
+LATE = ("datasets", "evaluate", "matplotlib", "rich", "sklearn", "transformers.trainer", "typer")
+
+
+def room_of(path: Path, package: Path = PACKAGE) -> str:
+    """The top-level module or sub-package that a file belongs to."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imported_rooms(source: str, path: Path, package: Path = PACKAGE) -> Iterator[str]:
+    """Rooms of the package that a file imports, at its top or inside its functions."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = path.relative_to(package.parent).parts[: -node.level] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for parts in (name.split(".") for name in names):
+            if parts[0] == package.name and len(parts) > 1:
+                yield parts[1]
+
+
+def upward_imports(source: str, path: Path, package: Path = PACKAGE) -> list[str]:
+    """Rooms above its own that a file imports."""
+    floor = FLOOR_OF[room_of(path, package)]
+    return sorted({room for room in imported_rooms(source, path, package) if FLOOR_OF.get(room, -1) > floor})
+
+
+def outside_imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports from outside, the standard library left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_imports_a_floor_above(path):
+    assert room_of(path) in FLOOR_OF, "a new module needs a floor"
+    assert upward_imports(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..cli import main",
+        "from .. import report",
+        "import hf_calib.hub",
+        "from hf_calib.training import CalibrationTrainer",
+        "def late():\n    from ..plots import plot_reliability",
+    ],
+)
+def test_an_upward_import_is_found(source):
+    assert upward_imports(source, PACKAGE / "functional" / "checks.py")
+
+
+def test_a_downward_import_is_not_found():
+    assert not upward_imports("from .functional.checks import check_probs\nimport torch", PACKAGE / "report.py")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) == "functional"], ids=lambda p: p.name)
+def test_the_mathematics_imports_torch_alone(path):
+    assert outside_imports(path) <= {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*_calib_transformer.py")), ids=lambda p: p.name)
+def test_model_files_can_be_copied_into_a_repo(path):
+    assert outside_imports(path) <= {"torch", "transformers", "huggingface_hub"}
+    assert set(imported_rooms(path.read_text(encoding="utf-8"), path)) <= {"models"}
+
+
+def test_importing_the_package_leaves_heavy_libraries_alone(tmp_path):
+    code = f"import sys, hf_calib; print([name for name in {LATE} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", hf_calib.__all__)
+def test_every_exported_name_works(name):
+    assert getattr(hf_calib, name) is not None
+    assert name in dir(hf_calib)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        hf_calib.no_such_name  # noqa: B018
