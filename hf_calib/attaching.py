@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,7 @@ def attach_calibrator(model: nn.Module, calibrator: Calibrator) -> nn.Module:
     check_can_calibrate(model, calibrator)
     model.add_module(SUBMODULE, _Attached(_own_copy(model, calibrator)).to(model.device))
     model._hf_calib_hook = model.register_forward_hook(_calibrate_output)
-    model.save_pretrained = MethodType(_save_with_calibrator, model)
+    model.save_pretrained = partial(_save_with_calibrator, model)  # unlike a bound method, it can be pickled
     return model
 
 
@@ -72,7 +72,7 @@ def mark_folded(model: nn.Module, calibrator: Calibrator) -> None:
     """Remembers that these weights hold this calibrator: on the object, and in the config that is saved with them."""
     model._hf_calib_folded = _own_copy(model, calibrator)
     setattr(model.config, FOLDED_KEY, calibrator.name)
-    model.save_pretrained = MethodType(_save_with_calibrator, model)
+    model.save_pretrained = partial(_save_with_calibrator, model)
 
 
 def forget_folded(model: nn.Module) -> None:
@@ -100,14 +100,34 @@ def uncalibrated(model: nn.Module) -> Iterator[nn.Module]:
             module.suspended = suspended
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, nothing drops out; afterwards every part of the model is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def check_can_calibrate(model: nn.Module, calibrator: Calibrator) -> None:
     """Raises a ValueError unless this calibrator fits this model and nothing calibrates the model yet."""
     if calibrator.num_labels is None:
         raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; call fit first")
-    if attached_calibrator(model) is not None:
+    if any(isinstance(module, _Attached) for module in model.modules()):  # PEFT wraps models that may have one
         raise ValueError("model: a calibrator is attached to it already; detach_calibrator(model) first")
     if getattr(model.config, FOLDED_KEY, None):
         raise ValueError("model: a calibrator is folded into its weights already; unfold_calibrator(model) first")
+    problem = getattr(model.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(f"model: got problem_type={problem!r}; allowed is single-label classification")
+    check_same_labels(model, calibrator)
+
+
+def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:
+    """Raises a ValueError unless the calibrator was fitted for the model's labels."""
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if calibrator.num_labels != len(names) or calibrator.label_names not in (None, names):
         known = calibrator.label_names or f"{calibrator.num_labels} unnamed labels"

@@ -45,6 +45,10 @@ def calibrate_predictions(
             return select_calibrator(logits, labels, seed=seed)
         return make_calibrator(method).fit(logits, labels)
 
+    if test is not None and test.label_names != predictions.label_names:
+        raise ValueError(
+            f"test: got labels {test.label_names}; allowed are {predictions.label_names}, as in predictions"
+        )
     calibrator = fit(predictions.logits, predictions.labels)
     calibrator.label_names = predictions.label_names
     calibrator.provenance["fingerprint"] = predictions.fingerprint()

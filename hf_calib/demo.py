@@ -39,7 +39,7 @@ class Size(NamedTuple):
     epochs: int
 
 
-FULL = Size(rows_per_class=1500, vocab_size=4000, hidden_size=128, epochs=8)
+FULL = Size(rows_per_class=1500, vocab_size=4000, hidden_size=128, epochs=6)
 FAST = Size(rows_per_class=100, vocab_size=1000, hidden_size=64, epochs=8)
 MAX_TOKENS = 512  # more than any sentence of the data set has: nothing is cut, and the stock pipeline never fails
 EXAMPLES = 3
@@ -124,6 +124,7 @@ def train_classifier(
         intermediate_size=2 * size.hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
+        dropout=0.3,
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=tokenizer.pad_token_id,
         id2label=dict(enumerate(names)),

@@ -19,6 +19,7 @@ from .attaching import (
     detach_calibrator,
     folded_calibrator,
     forget_folded,
+    in_eval_mode,
     mark_folded,
 )
 from .calibrators import Calibrator, IdentityCalibration, TemperatureScaling
@@ -43,18 +44,28 @@ def fold_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> PreTraine
     check_can_calibrate(model, calibrator)
     if not isinstance(calibrator, TemperatureScaling | IdentityCalibration):
         raise ValueError(f"calibrator: {calibrator.name} cannot be folded, only temperature can; attach_calibrator it")
+    if not isinstance(model, PreTrainedModel) or not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"model: got {type(model).__name__}; allowed are transformers' ...ForSequenceClassification models; "
+            "attach it instead"
+        )
     if next(model.parameters()).dtype != torch.float32:
         raise ValueError(f"model: got {model.dtype} weights, which would round; attach it, or load in float32 to fold")
-    before = _probe(model)
+    wanted = copy.deepcopy(calibrator).to(model.device)(_probe(model)).softmax(-1)
     layer = _logits_layer(model)
-    _scale(layer, 1 / _divisor(calibrator))
-    wanted = copy.deepcopy(calibrator).to(model.device)(before)
-    deviation = float((_probe(model).softmax(-1) - wanted.softmax(-1)).abs().max())
-    if deviation > TOLERANCE:
-        _scale(layer, _divisor(calibrator))
-        raise ValueError(
-            f"model: folding would miss the calibrated probabilities by {deviation:.1e}; attach it instead"
-        )
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    try:
+        _scale(layer, 1 / _divisor(calibrator))
+        deviation = float((_probe(model).softmax(-1) - wanted).abs().max())
+        if not deviation <= TOLERANCE:  # written so that NaN is refused
+            raise ValueError(
+                f"model: folding would miss the calibrated probabilities by {deviation:.1e}; attach it instead"
+            )
+    except BaseException:  # also when interrupted: weights that nothing marks as folded must not be
+        with torch.no_grad():
+            for parameter, value in zip(layer.parameters(), before, strict=True):
+                parameter.copy_(value)
+        raise
     mark_folded(model, calibrator)
     return model
 
@@ -89,22 +100,23 @@ def remove_calibrator(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Two rows of different tokens, all of them real."""
-    vocab_size = model.config.get_text_config().vocab_size
-    pad = model.config.pad_token_id
-    tokens = [token for token in range(min(vocab_size, 4 * PROBE_TOKENS)) if token != pad][: 2 * PROBE_TOKENS]
-    input_ids = torch.tensor(tokens, device=model.device).view(2, -1)
+    """Two rows of different tokens, all of them real, that end as the model expects of texts.
+
+    T5 and Bart classify at the one end-of-text token of each row; Llama and GPT-2 without a padding token take one row
+    at a time.
+    """
+    config = model.config.get_text_config()
+    pad, end = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    tokens = [token for token in range(min(config.vocab_size, 4 * PROBE_TOKENS)) if token not in (pad, *ends)]
+    rows = [[tokens[(row * PROBE_TOKENS + i) % len(tokens)] for i in range(PROBE_TOKENS)] + ends[:1] for row in (0, 1)]
+    input_ids = torch.tensor(rows[:1] if pad is None else rows, device=model.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**_probe_inputs(model)).logits
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), in_eval_mode(model):
+        return model(**_probe_inputs(model), return_dict=True).logits
 
 
 def _logits_layer(model: PreTrainedModel) -> nn.Linear:

@@ -11,7 +11,14 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from .attaching import attach_calibrator, attached_calibrator, folded_calibrator, mark_folded
+from .attaching import (
+    FOLDED_KEY,
+    attach_calibrator,
+    attached_calibrator,
+    check_same_labels,
+    folded_calibrator,
+    mark_folded,
+)
 from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
 from .model_card import write_model_card
 from .report import CalibrationReport
@@ -73,7 +80,8 @@ def push_calibrated(
     check_calibrated(model)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, Path(folder), processing_class, report, repo_id.split("/")[-1])
+        owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
+        _write(model, Path(folder), processing_class, report, f"{owner}{repo_id}")  # the card's lines load it by that
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload calibrated model")
     return str(commit.commit_url)
@@ -118,6 +126,12 @@ def load_calibrated(
     if applied == "attached":
         return attach_calibrator(model, calibrator)
     if applied == "folded":
+        check_same_labels(model, calibrator)
+        if getattr(model.config, FOLDED_KEY, None) != calibrator.name:
+            raise ValueError(
+                f"{path_or_repo_id}: calibrator.json says that {calibrator.name} is folded into the weights, but "
+                "config.json does not; save the two together"
+            )
         mark_folded(model, calibrator)
         return model
     raise ValueError(

@@ -22,14 +22,14 @@ def write_model_card(
 
     Args:
         folder (`Path`): exists.
-        name (`str`): the model's name, for the title and the `model-index`.
+        name (`str`): the folder's name or the repo's id, for the title, the `model-index` and the lines that load it.
         calibrator ([`Calibrator`]): its `provenance` says what it was fitted on.
         applied (`"folded"` or `"attached"`): which decides how the card says to load the model.
         report ([`CalibrationReport`], *optional*): the numbers.
     """
     from huggingface_hub import ModelCard
 
-    diagram = report is not None and write_diagram(folder / DIAGRAM_NAME, report)
+    diagram = report is not None and bool(report.events) and write_diagram(folder / DIAGRAM_NAME, report)
     parts = [
         f"---\n{_metadata(name, calibrator, report)}\n---",
         f"# {name}",

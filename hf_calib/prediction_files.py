@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,13 +33,14 @@ def read_predictions(
         raise ValueError(f"predictions: got {path}; allowed are {', '.join(SUFFIXES)} files")
     if not path.is_file():
         raise FileNotFoundError(f"predictions: there is no file {path}")
-    columns = _read_npz(path) if path.suffix == ".npz" else _read_table(path)
     try:
+        columns = _read_npz(path) if path.suffix == ".npz" else _read_table(path)
         probs = torch.from_numpy(np.asarray(_probs(columns, probs_column, path), dtype=np.float64))
         labels = np.asarray(_column(columns, label_column, path))
-        if labels.dtype.kind not in "iub" and not np.array_equal(labels, labels.astype(np.int64)):
+        numbers = labels.astype(np.float64)
+        if not (np.isfinite(numbers).all() and np.array_equal(labels, np.trunc(numbers))):
             raise ValueError("labels are not whole numbers")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, BadZipFile) as error:
         if str(error).startswith("column:"):
             raise
         raise ValueError(f"predictions: {path} holds values that are no probabilities and labels ({error})") from None
@@ -46,7 +48,10 @@ def read_predictions(
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    arrays = np.load(path, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError("it is a single array")
+    with arrays:
         return dict(arrays)
 
 
@@ -64,7 +69,7 @@ def _read_table(path: Path) -> dict[str, list]:
 def _probs(columns: dict, name: str, path: Path) -> np.ndarray:
     numbered = [column for column in columns if re.fullmatch(re.escape(name) + r"_\d+", column)]
     if name not in columns and numbered:
-        return np.stack([columns[f"{name}_{index}"] for index in range(len(numbered))], axis=1)
+        return np.stack([_column(columns, f"{name}_{index}", path) for index in range(len(numbered))], axis=1)
     values = _column(columns, name, path)
     return np.stack(values) if values.dtype == object else values
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attaching import uncalibrated
+from .attaching import in_eval_mode, uncalibrated
 
 
 PROGRESS_NAME = "progress.json"
+NO_LIMIT = 2**31  # tokenizers that know no longest text say 10**30, which overflows
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Predictions:
         """A short hash of every logit and label: which rows, under which weights."""
         digest = hashlib.sha256()
         for rows in (self.logits, self.labels):
-            digest.update(rows.numpy().data)
+            digest.update(rows.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -78,19 +80,22 @@ def collect_predictions(
             single-label classifier, or `output_dir` holds something else.
     """
     texts = [text_column] if isinstance(text_column, str) else list(text_column)
+    if not 1 <= len(texts) <= 2:
+        raise ValueError(f"text_column: got {len(texts)} columns; allowed are one, or the two of a sentence pair")
     _check_model(model)
     _check_dataset(dataset, [*texts, label_column])
+    dataset = dataset.with_format(None)  # plain Python values, whatever it was set to
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size!r}; allowed are integers from 1 up")
     labels = torch.tensor(_model_labels(dataset, label_column, model.config, label_map))
     tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
-    encoded = _encode(dataset, texts, tokenizer, model.config)
+    encoded = _encode(dataset, texts, tokenizer, model)
     shape = (len(labels), model.config.num_labels)
     store = (
         _Store(shape) if output_dir is None else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels))
     )
     _run(model, encoded, tokenizer, batch_size, store)
-    return Predictions(torch.from_numpy(store.logits), labels, label_names_of(model.config))
+    return Predictions(torch.from_numpy(store.finished()), labels, label_names_of(model.config))
 
 
 def label_names_of(config: Any) -> list[str]:
@@ -110,12 +115,13 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _check_dataset(dataset: Any, columns: list[str]) -> None:
-    names = getattr(dataset, "column_names", None)
-    if not isinstance(names, list):
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is one split, a datasets.Dataset")
     for column in columns:
-        if column not in names:
-            raise ValueError(f"column: the data set has no {column!r}; it has {', '.join(names)}")
+        if column not in dataset.column_names:
+            raise ValueError(f"column: the data set has no {column!r}; it has {', '.join(dataset.column_names)}")
     if len(dataset) == 0:
         raise ValueError("dataset: got 0 rows; allowed are splits with at least one")
 
@@ -130,6 +136,8 @@ def _model_labels(dataset: Any, column: str, config: Any, label_map: Mapping[str
         values = [None if value is None or value < 0 else names[value] for value in values]
     else:
         unlabelled = [row for row, value in enumerate(values) if value is None]
+        if not all(isinstance(value, str | int | None) for value in values):
+            raise ValueError(f"{column}: got {feature}; allowed are a ClassLabel, strings or integers, one per row")
         names = sorted({value for value in values if value is not None}, key=str)
     if unlabelled:
         raise ValueError(f"{column}: row {unlabelled[0]} and {len(unlabelled) - 1} more have no label")
@@ -167,15 +175,28 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
         ) from None
 
 
-def _encode(dataset: Any, texts: list[str], tokenizer: Any, config: Any) -> list[dict[str, Any]]:
+def _encode(dataset: Any, texts: list[str], tokenizer: Any, model: PreTrainedModel) -> list[dict[str, Any]]:
     """Token ids of every row, cut to what the model can read."""
-    limits = [
-        tokenizer.model_max_length,
-        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
-    ]
     columns = [dataset[column][:] for column in texts]
-    encoded = tokenizer(*columns, truncation=True, max_length=min(limits))
+    for name, column in zip(texts, columns, strict=True):
+        for row, text in enumerate(column):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: row {row} is {text!r}; allowed are strings")
+    limit = _max_length(tokenizer, model)
+    encoded = tokenizer(*columns, truncation=limit is not None, max_length=limit)
+    for row, tokens in enumerate(encoded["input_ids"]):
+        if not tokens:
+            raise ValueError(f"{' and '.join(texts)}: row {row} has no tokens; leave such rows out")
     return [{key: encoded[key][row] for key in encoded} for row in range(len(dataset))]
+
+
+def _max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
+    """The most tokens that both can take, if there is a most. RoBERTa's first positions are kept for padding."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or NO_LIMIT]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            limits.append(module.num_embeddings - (-1 if module.padding_idx is None else module.padding_idx) - 1)
+    return min((limit for limit in limits if 0 < limit < NO_LIMIT), default=None)
 
 
 def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch.Tensor) -> str:
@@ -191,18 +212,15 @@ def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size
     """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode(), uncalibrated(model):
+        with torch.inference_mode(), in_eval_mode(model), uncalibrated(model):
             for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
                 if store.done[batch].all():
                     continue
                 inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
-                store.put(batch, model(**inputs).logits.float().cpu().numpy())
+                store.put(batch, model(**inputs, return_dict=True).logits.float().cpu().numpy())
     finally:
         store.flush()
-        model.train(was_training)
 
 
 class _Store:
@@ -220,23 +238,27 @@ class _Store:
     def flush(self) -> None:
         """Nothing to do in memory."""
 
+    def finished(self) -> np.ndarray:
+        """All of the logits."""
+        return self.logits
+
 
 class _FolderStore(_Store):
     """The same in `.npy` files that an interrupted run leaves usable."""
 
     def __init__(self, shape: tuple[int, int], folder: Path, request: str):
-        progress = folder / PROGRESS_NAME
+        progress, self.file = folder / PROGRESS_NAME, folder / "logits.npy"
         if folder.exists() and any(folder.iterdir()):
             if not progress.is_file() or json.loads(progress.read_text()) != {"request": request}:
                 raise ValueError(
                     f"output_dir: got {folder}, which holds something else; allowed are a new folder, or one that "
                     "holds predictions of the same weights on the same rows"
                 )
-            self.logits = np.load(folder / "logits.npy", mmap_mode="r+")
+            self.logits = np.load(self.file, mmap_mode="r+")
             self.done = np.load(folder / "done.npy", mmap_mode="r+")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.logits = np.lib.format.open_memmap(folder / "logits.npy", "w+", np.float32, shape)
+        self.logits = np.lib.format.open_memmap(self.file, "w+", np.float32, shape)
         self.done = np.lib.format.open_memmap(folder / "done.npy", "w+", bool, shape[:1])
         partial = progress.with_suffix(".tmp")
         partial.write_text(json.dumps({"request": request}))
@@ -245,3 +267,6 @@ class _FolderStore(_Store):
     def flush(self) -> None:
         self.logits.flush()
         self.done.flush()
+
+    def finished(self) -> np.ndarray:
+        return np.load(self.file, mmap_mode="c")  # what a user does to the tensor stays out of the file

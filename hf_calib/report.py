@@ -56,6 +56,16 @@ class CalibrationReport:
                 record[key] = {name: estimate._asdict() for name, estimate in estimates.items()}
         return record
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> CalibrationReport:
+        """What `to_dict` gave; without the events, so without a figure."""
+        estimates = {
+            key: {name: Estimate(**estimate) for name, estimate in record[key].items()}
+            for key in ("before", "after", "change")
+            if key in record
+        }
+        return cls(record["num_rows"], record["num_resamples"], **estimates)
+
     def figure(self, *, title: str | None = None) -> Any:
         """The reliability diagram, before and after where there is a before: a `matplotlib.figure.Figure`."""
         from .plots import plot_reliability, plot_reliability_comparison, prepare_reliability

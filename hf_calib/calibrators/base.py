@@ -60,8 +60,8 @@ class Calibrator(nn.Module):
         Raises:
             ValueError: naming the argument, the value and what is allowed; the fitted state is then unchanged.
         """
-        logits, labels, weights = check_fit(logits, labels, sample_weight, ignore_index)
         with torch.no_grad():
+            logits, labels, weights = check_fit(logits, labels, sample_weight, ignore_index)
             tensors = self._fit(logits, labels, weights)
         self.set_tensors(tensors, num_labels=logits.shape[-1])
         self.provenance = {"rows": len(labels)}
@@ -71,6 +71,8 @@ class Calibrator(nn.Module):
         """Calibrated logits: `(..., C)` floating gives `(..., C)` of the same dtype. A row constant is free."""
         if self.num_labels is None:
             raise ValueError(f"{type(self).__name__}: not fitted; call fit(logits, labels) or load one first")
+        if not logits.is_floating_point():
+            raise ValueError(f"logits: got {logits.dtype}; allowed are floating tensors")
         if logits.shape[-1] != self.num_labels:
             raise ValueError(
                 f"logits: got {logits.shape[-1]} classes; this calibrator was fitted on {self.num_labels}"
@@ -183,13 +185,16 @@ def check_fit(
     if len(labels) == 0:
         raise ValueError(f"labels: no row is left after leaving out ignore_index={ignore_index} and weights of 0")
     check_labels(labels, logits.shape[-1])
-    _check_finite(logits, labels)
+    _check_finite(logits, labels, kept)
+    weights = weights / weights.max()  # first, so that the mean of huge weights is finite
     return logits, labels, weights / weights.mean()
 
 
 def _check_weights(sample_weight: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
     if sample_weight is None:
         return torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
+    if not isinstance(sample_weight, torch.Tensor):
+        raise ValueError(f"sample_weight: got {type(sample_weight).__name__}; allowed are tensors")
     if sample_weight.shape != labels.shape:
         raise ValueError(f"sample_weight: got shape {tuple(sample_weight.shape)}; allowed is {tuple(labels.shape)}")
     weights = sample_weight.reshape(-1).double()
@@ -198,16 +203,19 @@ def _check_weights(sample_weight: torch.Tensor | None, labels: torch.Tensor) -> 
     return weights
 
 
-def _check_finite(logits: torch.Tensor, labels: torch.Tensor) -> None:
+def _check_finite(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor) -> None:
     highest = logits.amax(-1)  # NaN where the row holds one, +inf likewise, -inf where nothing is possible
     wrong = highest.isfinite().logical_not()
     if wrong.any():
-        row = int(wrong.nonzero()[0])
+        first = wrong.nonzero()[0]
         raise ValueError(
-            f"logits: the largest of row {row} is {float(highest[row])}; allowed are finite values, "
+            f"logits: the largest of row {int(kept.nonzero()[first])} is {float(highest[first])}; allowed are finite values, "
             "and -inf for classes that cannot occur"
         )
     chosen = logits.gather(-1, labels[:, None])[:, 0]
     if not chosen.isfinite().all():
-        row = int(chosen.isfinite().logical_not().nonzero()[0])
-        raise ValueError(f"labels: row {row} has class {int(labels[row])}, whose logit is -inf: it cannot occur")
+        first = chosen.isfinite().logical_not().nonzero()[0]
+        raise ValueError(
+            f"labels: row {int(kept.nonzero()[first])} has class {int(labels[first])}, whose logit is -inf: "
+            "it cannot occur"
+        )

@@ -62,7 +62,8 @@ class IsotonicCalibration(Calibrator):
         mapped = interpolate(columns, self.thresholds, self.values).T.reshape(logits.shape)
         impossible = logits == -torch.inf
         mapped = mapped.clamp_min(PROBABILITY_FLOOR).masked_fill(impossible, 0)
-        return (mapped / mapped.sum(-1, keepdim=True)).log().to(logits.dtype)
+        total = mapped.sum(-1, keepdim=True).clamp_min(PROBABILITY_FLOOR)  # 0 where nothing is possible
+        return (mapped / total).log().to(logits.dtype)
 
 
 def fit_isotonic(scores: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,4 +98,4 @@ def interpolate(scores: torch.Tensor, thresholds: torch.Tensor, values: torch.Te
     x0, x1 = thresholds.gather(-1, upper - 1), thresholds.gather(-1, upper)
     y0, y1 = values.gather(-1, upper - 1), values.gather(-1, upper)
     share = ((scores - x0) / (x1 - x0)).nan_to_num(nan=0).clamp(0, 1)  # 0 / 0 where the last knot repeats
-    return y0 + share * (y1 - y0)
+    return (y0 + share * (y1 - y0)).where(scores.isfinite(), scores)

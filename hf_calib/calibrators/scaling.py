@@ -13,9 +13,10 @@ from .base import Calibrator
 BLOCK_ELEMENTS = 2**19  # logits worked on at a time: small enough for a cache, large enough for a call to pay
 START_ROWS = 2000  # rows of the subsample that starts the search
 MAX_PASSES = 60
-# How far T may lie from the logits' own scale. Beyond e^9 a softmax is one-hot or uniform to all that a float can
-# tell.
+# How far T may lie above the logits' own scale: beyond e^9 a softmax is uniform to all that a float can tell. Below it
+# T may lie as far as float32 goes, since a few huge entries, such as masks of -1e9, can be all of that scale.
 LOG_RANGE = 9.0
+LOWEST, HIGHEST = -87.0, 88.0  # log T of normal float32 numbers
 # A third-order step of this length in log T leaves an error of its cube, far below 1e-7 nats.
 LAST_STEP = 0.04
 
@@ -45,8 +46,7 @@ class TemperatureScaling(Calibrator):
     contains_identity = True
 
     def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-        temperature = min(max(fit_temperature(logits, labels, weights), tiny), huge)
+        temperature = fit_temperature(logits, labels, weights)
         return {"temperature": torch.tensor(temperature, dtype=torch.float32, device=logits.device)}
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
@@ -56,13 +56,16 @@ class TemperatureScaling(Calibrator):
         return None
 
     def extra_repr(self) -> str:
-        fitted = self.temperature is not None
+        fitted = self.temperature is not None and not self.temperature.is_meta
         return f"temperature={self.temperature.item():.4f}, {super().extra_repr()}" if fitted else super().extra_repr()
 
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         # Half-precision logits are divided in float32: torch would round T itself to the logits' dtype otherwise
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (wide / self.temperature).to(logits.dtype)
+        # A T below 1 would take a finite mask, such as torch.finfo(dtype).min, to -inf
+        limits = torch.finfo(logits.dtype)
+        scaled = wide / self.temperature
+        return scaled.clamp(limits.min, limits.max).where(logits.isfinite(), scaled).to(logits.dtype)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
@@ -78,24 +81,24 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
         UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict
         labels.
     """
-    separable = bool((logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1)).all())
-    if separable:
+    stride = max(1, len(logits) // START_ROWS)
+    scale = _spread(logits[::stride]) or _spread(logits)
+    if scale == 0:
+        return 1.0  # every row is constant: all temperatures are the same
+    if separable := _is_separable(logits, labels):
         _warn(
             "every label is the most probable class; took the best one had the least sure row been wrong (at most 1)"
         )
         labels = _flip_least_sure(logits, labels)
-    stride = max(1, len(logits) // START_ROWS)
-    scale = _spread(logits[::stride])
-    if scale == 0:
-        return 1.0  # every row is constant: all temperatures are the same
-    log_t = 0.0
-    if stride > 1:
-        log_t = _minimise(logits[::stride], labels[::stride], weights[::stride], scale, log_t)
-    log_t = _minimise(logits, labels, weights, scale, log_t)
-    temperature = math.exp(log_t) * scale
+    log_t = min(max(math.log(scale), LOWEST), HIGHEST)
+    ceiling = min(log_t + LOG_RANGE, HIGHEST)
+    if stride > 1 and not _is_separable(logits[::stride], labels[::stride]):
+        log_t = _minimise(logits[::stride], labels[::stride], weights[::stride], log_t, ceiling)
+    log_t = _minimise(logits, labels, weights, log_t, ceiling)
+    temperature = math.exp(log_t)
     if separable:
         return min(temperature, 1.0)
-    if log_t == LOG_RANGE:
+    if log_t == ceiling:
         _warn(
             f"the logits do not predict the labels; took {temperature:.3g}, which makes all classes equally probable"
         )
@@ -103,15 +106,20 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"temperature: no finite value is best, because {reason}. Fit on more rows.", stacklevel=6)
+    warnings.warn(f"temperature: no finite value is best, because {reason}. Fit on more rows.", stacklevel=5)
+
+
+def _is_separable(logits: torch.Tensor, labels: torch.Tensor) -> bool:
+    return bool((logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1)).all())
 
 
 def _flip_least_sure(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The labels with the runner-up in the row where it is closest."""
-    best = logits.topk(2, dim=-1)
-    row = (best.values[:, 0] - best.values[:, 1]).argmin()
+    """The labels with the runner-up, which is no equal of the best, in the row where it is closest."""
+    best = logits.amax(-1, keepdim=True)
+    runner_up = logits.masked_fill(logits == best, -torch.inf).max(-1)
+    row = (best[:, 0] - runner_up.values).argmin()
     labels = labels.clone()
-    labels[row] = torch.where(best.values[row, 1].isfinite(), best.indices[row, 1], labels[row])
+    labels[row] = runner_up.indices[row]
     return labels
 
 
@@ -122,20 +130,20 @@ def _spread(logits: torch.Tensor) -> float:
     return float(below.where(finite, 0).sum() / finite.sum())
 
 
-def _minimise(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float) -> float:
-    """Safeguarded third-order steps on the NLL as a function of log T (T in units of `scale`), from `log_t`."""
-    low, high = -LOG_RANGE, LOG_RANGE
+def _minimise(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, log_t: float, high: float) -> float:
+    """Safeguarded third-order steps on the NLL as a function of log T, from `log_t`; at most `high`."""
+    low = LOWEST
     for _ in range(MAX_PASSES):
-        slope, curvature, third = _derivatives(logits, labels, weights, scale, log_t)
+        slope, curvature, third = _derivatives(logits, labels, weights, math.exp(log_t))
         # The NLL is convex in 1 / T, so the sign of the slope tells on which side of here the optimum lies
         low, high = (log_t, high) if slope < 0 else (low, log_t)
         step = _step(slope, curvature, third)
-        if not low < log_t + step < high:
-            step = (low + high) / 2 - log_t
+        if not low <= log_t + step <= high:
+            step = min(max((low + high) / 2 - log_t, -LOG_RANGE / 2), LOG_RANGE / 2)
         elif abs(step) < LAST_STEP:
             return log_t + step
         if high - low < 1e-6:
-            return LOG_RANGE if high == LOG_RANGE else log_t  # nothing within the range is flat enough
+            return high  # where it began when nothing below it is flat enough
         log_t += step
     return log_t
 
@@ -147,26 +155,25 @@ def _step(slope: float, curvature: float, third: float) -> float:
 
 
 def _derivatives(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, scale: float, log_t: float
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, temperature: float
 ) -> tuple[float, float, float]:
     """First three derivatives of the mean NLL in log T, in one pass over blocks of rows.
 
-    With b = scale / T they follow from the mean, variance and third central moment of z / scale under softmax(z / T).
+    They follow from the mean, variance and third central moment of z / T under softmax(z / T).
     """
-    beta = math.exp(-log_t)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     rows = max(1, BLOCK_ELEMENTS // logits.shape[-1])
     for z, y, w in zip(logits.split(rows), labels.split(rows), weights.split(rows), strict=True):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z = (z - z.amax(-1, keepdim=True)) / scale
+        z = (z - z.amax(-1, keepdim=True)) / temperature
         z.clamp_min_(-1e6)  # -inf and its like: exp gives 0, and 0 times a finite number stays 0
-        e = (z * beta).exp_()
+        e = z.exp()
         m0 = e.sum(-1)
         m1, m2, m3 = (e.mul_(z).sum(-1) / m0 for _ in range(3))
         happened = z.gather(-1, y[:, None])[:, 0]
         moments = torch.stack([m1 - happened, m2 - m1 * m1, m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1])
         sums += moments.double() @ w
     first, second, third = (sums / weights.sum()).tolist()
-    # from b to log T = -log b: each derivative in log b is b d/db of the one before
-    first, second, third = beta * first, beta**2 * second, beta**3 * third
+    # The moments are derivatives in b, where b / T is the inverse temperature, at b = 1; with log T - log b in the
+    # place of log T, each derivative in log b is b d/db of the one before
     return -first, first + second, -(first + 3 * second + third)

@@ -60,19 +60,23 @@ def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None
     """Writes both files; `extra` keys (`applied`, `weights`) go into the JSON."""
     if calibrator.num_labels is None:
         raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; fit it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    names = calibrator.label_names
+    if names is not None and len(names) != calibrator.num_labels:
+        raise ValueError(f"label_names: got {len(names)} names for a calibrator of {calibrator.num_labels} classes")
     record = {
         "library": "hf_calib",
         "library_version": __version__,
         "type": calibrator.name,
         "num_labels": calibrator.num_labels,
-        "label_names": calibrator.label_names,
+        "label_names": names,
         "fit": calibrator.provenance,
         **extra,
     }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"  # before any file is touched: it may fail
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in calibrator.tensors().items()}
     save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
-    (folder / JSON_NAME).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / JSON_NAME).write_text(text, encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -84,13 +88,17 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(record, dict) or record.get("library") != "hf_calib":
         raise ValueError(f'{path}: not a calibrator of this library ("library" must be "hf_calib")')
-    if record.get("type") not in CALIBRATORS:
+    if record.get("type") not in tuple(CALIBRATORS):  # a tuple may be asked for what cannot be hashed
         raise ValueError(f"{path}: type {record.get('type')!r} is unknown; allowed are {', '.join(CALIBRATORS)}")
     num_labels, names = record.get("num_labels"), record.get("label_names")
     if type(num_labels) is not int or num_labels < 2:
         raise ValueError(f"{path}: num_labels is {num_labels!r}; allowed are integers from 2 up")
-    if names is not None and not (isinstance(names, list) and len(names) == num_labels):
+    if names is not None and not (
+        isinstance(names, list) and len(names) == num_labels and all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(f"{path}: label_names is no list of {num_labels} names")
+    if not isinstance(record.get("fit") or {}, dict):
+        raise ValueError(f"{path}: fit is {record['fit']!r}; allowed is an object")
     if unknown := sorted(set(record) - KNOWN_KEYS):
         version = record.get("library_version")
         warnings.warn(f"{path}: ignoring {', '.join(unknown)}, written by hf_calib {version}", stacklevel=4)
@@ -144,10 +152,17 @@ def push_calibrator(calibrator: Calibrator, repo_id: str, *, private: bool | Non
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         files = [hf_hub_download(repo_id, name, revision=revision, token=token) for name in (JSON_NAME, TENSORS_NAME)]
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(f"{repo_id}: no such folder, nor in the cache, and the Hub is out of reach") from None
     except EntryNotFoundError:
         raise FileNotFoundError(f"{repo_id}: the repo holds no {JSON_NAME} and {TENSORS_NAME}") from None
     except (HFValidationError, RepositoryNotFoundError):

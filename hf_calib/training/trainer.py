@@ -34,7 +34,7 @@ class CalibrationTrainer(Trainer):
 
     where n counts the labels that are not -100 in the whole step: over all accumulated micro-batches and processes. So
     one batch of 16, four accumulated batches of 4, and two processes with 8 each take the same step. `Trainer` alone
-    does not do this for classification heads: it adds up the micro-batches' means.
+    (5.23) does not do this for classification heads: it adds up the micro-batches' means.
 
     The evaluation loss is the mean negative log-likelihood, whatever the training loss, so that runs with different
     losses compare, and `metric_for_best_model="loss"` selects by a proper score. It is exact: rows that a last, uneven

@@ -399,8 +399,10 @@ def test_rows_of_hugging_face_datasets_compare_with_others(tmp_path):
     unpadded = [
         {"input_ids": row["input_ids"][: sum(row["attention_mask"])], "labels": row["labels"]} for row in lists
     ]
+    narrow = [{**row, "input_ids": np.asarray(row["input_ids"], dtype=np.int32)} for row in lists]
+    table = Dataset.from_list(lists)
     trainer = tiny.make_trainer("sequence", tmp_path)
-    for dataset in (lists, Dataset.from_list(lists), Dataset.from_list(lists).with_format("torch"), unpadded):
+    for dataset in (lists, narrow, unpadded, table, table.with_format("torch")):
         with pytest.raises(ValueError, match="dataset: 16 of 16 rows are in train_dataset too"):
             trainer.calibrate(dataset)
 

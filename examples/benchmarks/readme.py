@@ -1,0 +1,66 @@
+"""Writes the README's tables from the committed result files, so that no number in it is typed by hand.
+
+    python examples/benchmarks/readme.py            # rewrites the tables
+    python examples/benchmarks/readme.py --check    # exit code 1 where a table is not what the results say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from hf_calib import CalibrationReport
+
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+
+
+def demo_table() -> str:
+    """Before and after on the demo's test rows."""
+    record = json.loads((HERE / "results" / "demo.json").read_text())
+    report = CalibrationReport.from_dict(record["fit"]["scores"])
+    return f"{report.to_markdown()} Calibrator: {record['type']}, chosen by cross-validation."
+
+
+def speed_table() -> str:
+    """Every job on every shape, in floors."""
+    record = json.loads((HERE / "results" / "speed.json").read_text())
+    shapes = record["shapes"]
+    names = [name for name in next(iter(shapes.values())) if name != "floor_seconds"]
+    lines = [["Time in passes over the numbers", *(f"{shape} float32" for shape in shapes)]]
+    lines.append([":---", *["---:"] * len(shapes)])
+    lines += [[name, *(f"{found[name]:.3g}" for found in shapes.values())] for name in names]
+    lines.append(["one pass, in milliseconds", *(f"{found['floor_seconds'] * 1e3:.3g}" for found in shapes.values())])
+    machine, versions = record["machine"], record["versions"]
+    note = (
+        f"Medians of {record['rounds']} interleaved rounds on {machine['threads']} threads; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + "."
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
+
+
+TABLES = {"demo": demo_table, "speed": speed_table}
+
+
+def render(text: str) -> str:
+    """The README with every `<!-- table: NAME -->` ... `<!-- end -->` filled from the results."""
+
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrites the README, or checks it."""
+    text = README.read_text(encoding="utf-8")
+    filled = render(text)
+    if "--check" in sys.argv:
+        sys.exit(text != filled)
+    README.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The command: what it makes, and one line for whatever is wrong with its input."""
+
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import AutoModelForSequenceClassification
+
+import hf_calib
+from hf_calib.cli import main
+
+
+NAMES = ["negative", "positive"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_classifier, tiny_tokenizer):
+    """A working folder with a model, data of every kind, and things that are wrong."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_classifier(NAMES)
+    model.save_pretrained("model")
+    with torch.no_grad():
+        model.classifier.bias[0] = torch.nan
+    model.save_pretrained("broken")
+    for folder in ("model", "broken"):
+        tiny_tokenizer().save_pretrained(folder)
+    texts = [f"{'good' if row % 3 else 'bad'} {row}" for row in range(60)]
+    labels = [NAMES[row % 2] for row in range(60)]
+    rows = Dataset.from_dict({"text": texts, "label": labels})
+    rows.to_json("rows.jsonl")
+    rows.to_csv("rows.csv")
+    rows.to_parquet("rows.parquet")
+    rows.select(range(0)).to_parquet("empty.parquet")
+    rows.map(lambda row: {"label": row["label"].upper()}).to_json("shouting.jsonl")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
+    Dataset.from_dict({"text": texts, "label": [-1] * 60}, features=features).to_parquet("unlabelled.parquet")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("mine")
+    return tmp_path
+
+
+def run(monkeypatch, line: str) -> int:
+    """Runs the command in this process and returns its exit code."""
+    monkeypatch.setattr("sys.argv", ["hf-calib", *line.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_fit_saves_a_folder_that_scores_as_it_says(data, place, monkeypatch, capsys):
+    assert run(monkeypatch, f"fit --model model --dataset {data} --output made --method temperature") == 0
+    shown = capsys.readouterr().out
+    assert "Smooth ECE" in shown
+    assert "Saved made, calibrator folded" in shown
+    rows = hf_calib.collect_predictions(
+        AutoModelForSequenceClassification.from_pretrained("model"), Dataset.from_json("rows.jsonl")
+    )
+    calibrator = hf_calib.AutoCalibrator.from_pretrained("made")
+    found = hf_calib.collect_predictions(
+        AutoModelForSequenceClassification.from_pretrained("made"), Dataset.from_json("rows.jsonl")
+    )
+    torch.testing.assert_close(found.probs, calibrator.log_probs(rows.logits).exp(), atol=1e-6, rtol=0)
+    fit = json.loads((place / "made" / "calibrator.json").read_text())["fit"]
+    assert (fit["model"], fit["dataset"], fit["split"], fit["rows"]) == ("model", data, "validation", 60)
+
+
+def test_a_calibrated_model_can_be_calibrated_again(place, monkeypatch, capsys):
+    for source, method in (("model", "isotonic"), ("first", "temperature"), ("second", "isotonic")):
+        made = {"model": "first", "first": "second", "second": "third"}[source]
+        assert run(monkeypatch, f"fit --model {source} --dataset rows.csv --output {made} --method {method}") == 0
+    first, third = (hf_calib.AutoCalibrator.from_pretrained(name) for name in ("first", "third"))
+    torch.testing.assert_close(first.thresholds, third.thresholds, atol=1e-6, rtol=0)
+
+
+def test_a_label_map_says_which_is_which(place, monkeypatch):
+    line = "fit --model model --dataset shouting.jsonl --output made --method temperature"
+    assert run(monkeypatch, f"{line} --label-map NEGATIVE=negative --label-map POSITIVE=positive") == 0
+
+
+def test_fit_says_when_the_rows_are_too_few(place, monkeypatch, capsys):
+    run(monkeypatch, "fit --model model --dataset rows.csv --output made --method isotonic")
+    assert "rows are too few to tell" in " ".join(capsys.readouterr().out.split())
+
+
+def test_evaluate_changes_nothing_and_prints_what_the_function_says(place, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert run(monkeypatch, "evaluate --model model --dataset rows.jsonl --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    rows = hf_calib.collect_predictions(
+        AutoModelForSequenceClassification.from_pretrained("model"), Dataset.from_json("rows.jsonl")
+    )
+    assert shown == hf_calib.evaluate_calibration(rows.probs, rows.labels).to_dict()
+
+
+def test_evaluate_of_an_attached_model_shows_before_and_after(place, monkeypatch, capsys):
+    run(monkeypatch, "fit --model model --dataset rows.csv --output made --method isotonic")
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate --model made --dataset rows.csv --json") == 0
+    assert set(json.loads(capsys.readouterr().out)) >= {"before", "after", "change"}
+
+
+def test_evaluate_reads_confidence_and_correctness(place, monkeypatch, capsys):
+    Dataset.from_dict({"probs": [0.9, 0.8, 0.6, 0.7], "label": [1, 1, 0, 1]}).to_csv("pairs.csv")
+    assert run(monkeypatch, "evaluate pairs.csv --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert "accuracy" not in shown["after"]
+    assert shown["after"]["brier"]["value"] == pytest.approx((0.01 + 0.04 + 0.36 + 0.09) / 4)
+
+
+FIT = "fit --model model --dataset rows.jsonl --output made"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("demo --method magic", ["method", "magic", "temperature"]),
+        ("demo --output taken", ["output", "taken", "new folder"]),
+        (f"{FIT} --method magic", ["method", "magic", "temperature"]),
+        ("fit --model model --dataset rows.jsonl --output taken", ["output", "taken", "new folder"]),
+        (f"{FIT} --text-column body", ["body", "text, label"]),
+        (f"{FIT} --label-column stars", ["stars", "text, label"]),
+        ("fit --model model --dataset shouting.jsonl --output made", ["NEGATIVE", "[negative, positive]"]),
+        (f"{FIT} --label-map nonsense", ["label_map", "nonsense"]),
+        (f"{FIT} --label-map up=down", ["label_map", "up=down", "negative, positive"]),
+        ("fit --model model --dataset empty.parquet --output made", ["dataset", "0 rows"]),
+        ("fit --model model --dataset unlabelled.parquet --output made", ["label", "no label"]),
+        ("fit --model broken --dataset rows.jsonl --output made", ["logits", "NaN"]),
+        ("fit --model nowhere --dataset rows.jsonl --output made", ["nowhere"]),
+        ("fit --model model --dataset nowhere.jsonl --output made", ["nowhere.jsonl"]),
+        ("fit --model model --dataset taken/precious.txt --output made", ["dataset", "precious.txt", ".jsonl"]),
+        (f"{FIT} --batch-size 0", ["batch_size", "0"]),
+        (f"{FIT} --batch-size many", ["batch-size", "many"]),
+        (f"{FIT} --colour red", ["--colour"]),
+        ("fit --model model --output made", ["--dataset"]),
+        ("evaluate", ["predictions", "--model"]),
+        ("evaluate rows.jsonl --model model --dataset rows.jsonl", ["predictions", "either"]),
+        ("evaluate nowhere.parquet", ["predictions", "nowhere.parquet"]),
+        ("evaluate taken/precious.txt", ["predictions", "precious.txt", ".parquet"]),
+        ("evaluate rows.csv", ["probs", "text, label"]),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(line, words, place, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(place.rglob("*"))
+    assert run(monkeypatch, line) == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert shown.startswith("hf-calib: ")
+    for word in words:
+        assert word in shown
+    assert sorted(place.rglob("*")) == before

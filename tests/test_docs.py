@@ -1,0 +1,131 @@
+"""What the documentation says is true: every README block runs, every doctest passes, every number comes from a result file."""
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+import hf_calib
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+MODULES = [info.name for info in pkgutil.walk_packages(hf_calib.__path__, "hf_calib.")]
+WORDS = {"positive": ["good", "fine", "great"], "negative": ["bad", "poor", "awful"]}
+
+
+def reviews(num_rows: int, offset: int) -> Dataset:
+    """Texts of two words; the label is that of the first."""
+    rows = [(name, word) for name, words in WORDS.items() for word in words]
+    picked = [rows[(index + offset) % len(rows)] for index in range(num_rows)]
+    texts = [f"{word} {index + offset}" for index, (_, word) in enumerate(picked)]
+    return Dataset.from_dict({"text": texts, "label": [name for name, _ in picked]})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_classifier, tiny_tokenizer):
+    """A folder in which the README's repo ids are local folders and its files exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_classifier(["negative", "positive"]).save_pretrained(folder / "me" / "my-classifier")
+    tiny_tokenizer().save_pretrained(folder / "me" / "my-classifier")
+    for offset, split in enumerate(("train", "validation", "test")):
+        reviews(80, 1000 * offset).to_json(folder / "me" / "my-reviews" / f"{split}.jsonl")
+    probs = torch.rand(50, 3, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(3, (50,)).tolist()
+    Dataset.from_dict({"probs": probs.tolist(), "label": labels}).to_parquet(folder / "predictions.parquet")
+    columns = {f"probs_{index}": probs[:, index].tolist() for index in range(3)}
+    Dataset.from_dict({**columns, "label": labels}).to_csv(folder / "predictions.csv")
+    return folder
+
+
+def test_the_readme_has_blocks_of_both_kinds_and_no_others():
+    assert PYTHON
+    assert SHELL
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+
+
+@pytest.mark.slow
+def test_the_readme_s_python_runs_from_top_to_bottom(place):
+    script = "\n".join(PYTHON)
+    result = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Smooth ECE" in result.stdout
+    for made in ("my-classifier-calibrated/calibrator.json", "reliability.png", "trained-and-calibrated/calibrator.json"):
+        assert (place / made).is_file(), made
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_run_in_order(place):
+    commands = [line for line in SHELL if line.startswith("hf-calib")]
+    assert len(commands) >= 4
+    for line in commands:
+        command = [str(Path(sys.executable).parent / "hf-calib"), *shlex.split(line)[1:]]
+        result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+
+
+def test_the_readme_s_make_targets_exist():
+    targets = {line.split()[1] for line in SHELL if line.startswith("make")} | set(re.findall(r"`make ([\w-]+)", README))
+    assert targets >= {"demo", "test", "lint", "bench"}
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
+
+
+def test_the_readme_s_pip_lines_name_extras_that_exist():
+    lines = [line for line in SHELL if line.startswith("pip install")]
+    assert lines
+    for line in lines:
+        name, extra = re.fullmatch(r"(\w+)\[(\w+)\]", shlex.split(line)[2]).groups()
+        assert extra in metadata(name).get_all("Provides-Extra")
+
+
+def test_every_shell_line_of_the_readme_is_tested():
+    assert [line for line in SHELL if line.split()[0] not in ("hf-calib", "make", "pip")] == []
+
+
+def test_the_readme_s_tables_are_what_the_result_files_say():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "examples" / "benchmarks" / "readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.render(README) == README
+    assert script.render(README.replace("| ECE |", "| 0.0 |", 1)) == README, "a typed number must not survive"
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_the_readme_s_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_readme_lists_every_method():
+    for name in (*hf_calib.CALIBRATORS, *hf_calib.LOSSES):
+        assert f"| `{name}` |" in README, name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_pass(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_doctests_can_fail():
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("wrong", loader=None))
+    module.__doc__ = ">>> 1 + 1\n3\n"
+    assert doctest.testmod(module, verbose=False).failed == 1
+
+
+@pytest.mark.parametrize("name", [name for name in hf_calib.__all__ if callable(getattr(hf_calib, name))])
+def test_every_public_callable_says_what_it_is(name):
+    assert getattr(hf_calib, name).__doc__
