@@ -24,10 +24,11 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test $(VENV)/.package
 	$(BIN)/python examples/benchmarks/speed.py
+	$(BIN)/python examples/benchmarks/demo.py
 	$(BIN)/python examples/benchmarks/readme.py
 
 examples: $(VENV)/.test $(VENV)/.package
-	$(BIN)/python examples/calibrate_and_reload.py
+	$(BIN)/python examples/calibrate_logits.py
 
 test-oldest:
 	sed -e '/^transformers==/d' constraints.txt > .oldest-constraints.txt

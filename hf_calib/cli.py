@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ app = typer.Typer(
 
 # typer brings its own copy of click in newer releases and click itself in older ones; this is the right one's
 UsageError = typer.BadParameter.__base__
+INTERRUPTED = 130  # newer releases of typer return it where older ones raise Abort
 
 Model = Annotated[str, typer.Option(help="A Hub id or a folder: a sequence classifier.")]
 Data = Annotated[str, typer.Option(help="A Hub id, a folder, or a .jsonl, .csv or .parquet file.")]
@@ -138,19 +142,27 @@ def evaluate(
 def main() -> None:
     """Runs the command. Whatever is wrong with its input is one line on stderr and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(standalone_mode=False)
     except UsageError as error:
         code = _fail(error.format_message())
     except (ValueError, OSError, ImportError) as error:
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing was saved", code=130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _fail("interrupted; nothing was saved")
     sys.exit(code)
 
 
-def _fail(message: str, code: int = 2) -> int:
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    print(f"hf-calib: warning: {message}", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
     print(f"hf-calib: {message.strip().splitlines()[0]}", file=sys.stderr)
-    return code
+    return 2
 
 
 def _pairs(entries: list[str]) -> dict[str, str]:
@@ -160,17 +172,30 @@ def _pairs(entries: list[str]) -> dict[str, str]:
     return dict(entry.split("=") for entry in entries)
 
 
+@contextmanager
+def _naming(argument: str, value: str) -> Iterator[None]:
+    """The libraries' own messages do not say which argument was wrong."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{argument}:"):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{argument}: cannot load {value!r}: {reason}") from error
+
+
 def _load_model(model: str) -> tuple[Any, Any]:
     """The classifier, calibrated if it was saved so, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from .hub import load_calibrated
 
-    try:
-        classifier = load_calibrated(model)
-    except FileNotFoundError:
-        classifier = AutoModelForSequenceClassification.from_pretrained(model)
-    return classifier.eval(), AutoTokenizer.from_pretrained(model)
+    with _naming("model", model):
+        try:
+            classifier = load_calibrated(model)
+        except FileNotFoundError:
+            classifier = AutoModelForSequenceClassification.from_pretrained(model)
+        return classifier.eval(), AutoTokenizer.from_pretrained(model)
 
 
 def _load_data(dataset: str, config: str | None, split: str) -> Any:
@@ -179,11 +204,12 @@ def _load_data(dataset: str, config: str | None, split: str) -> Any:
 
     builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(dataset)
-    if path.is_file():
-        if path.suffix not in builders:
-            raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(builders)}")
-        return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
-    return datasets.load_dataset(dataset, config, split=split)
+    if path.is_file() and path.suffix not in builders:
+        raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(builders)}")
+    with _naming("dataset", dataset):
+        if path.is_file():
+            return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
+        return datasets.load_dataset(dataset, config, split=split)
 
 
 if __name__ == "__main__":

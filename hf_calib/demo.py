@@ -24,7 +24,7 @@ from .console import print_report, print_selection
 from .docstrings import docstring_dataset
 from .folding import apply_calibrator
 from .hub import check_new_folder, save_calibrated
-from .model_card import DIAGRAM_NAME, usage
+from .model_card import usage
 from .models import CalibTransformerConfig, CalibTransformerForSequenceClassification
 from .predictions import collect_predictions
 from .training import CalibrationTrainer, CalibrationTrainingArguments
@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(rows_per_class=1500, vocab_size=4000, hidden_size=128, epochs=6)
-FAST = Size(rows_per_class=100, vocab_size=1000, hidden_size=64, epochs=8)
+FAST = Size(rows_per_class=150, vocab_size=1000, hidden_size=64, epochs=10)
 MAX_TOKENS = 512  # more than any sentence of the data set has: nothing is cut, and the stock pipeline never fails
 EXAMPLES = 3
 PROVEN_ROWS = 64
@@ -66,7 +66,7 @@ def run_demo(output: Path, *, fast: bool = False, seed: int = 0, method: str = "
         data = docstring_dataset(rows_per_class=size.rows_per_class, seed=seed)
         console.print("   " + ", ".join(f"{len(split):,} {name}" for name, split in data.items()) + " rows")
 
-        console.print("[bold]2. Training[/] a tokenizer and a small CalibTransformer, keeping the most accurate epoch")
+        console.print("[bold]2. Training[/] a tokenizer and a small CalibTransformer; the best epoch is kept")
         tokenizer = train_tokenizer(data["train"]["text"][:], size.vocab_size)
         model = train_classifier(data, tokenizer, size, seed, console)
 
@@ -83,18 +83,18 @@ def run_demo(output: Path, *, fast: bool = False, seed: int = 0, method: str = "
 
         applied = apply_calibrator(model, calibrator)
         save_calibrated(model, output, processing_class=tokenizer, report=report)
-        console.print(
-            f"[bold]5. Saved[/] {output}: weights, tokenizer, calibrator ({applied}), model card, {DIAGRAM_NAME}"
-        )
+        console.print(f"[bold]5. Saved[/] {output}, ready for the Hub; its calibrator is {applied}:", soft_wrap=True)
+        console.print("   " + ", ".join(sorted(path.name for path in output.iterdir())))
 
         console.print("[bold]6. A new process[/] loads the folder and runs a stock pipeline:")
         texts = data["test"]["text"][:PROVEN_ROWS]
         expected = calibrator.log_probs(test.logits[:PROVEN_ROWS]).exp()
         prove(output, applied, texts, expected, test.probs, test.label_names, console)
     console.print(
-        "[bold]7. Your turn:[/]\n"
-        "   hf-calib fit --model ID_OR_PATH --dataset ID_OR_PATH --split validation --output DIR\n"
-        "   The dataset: rows that training has not seen, with a text and a label column. README: other ways."
+        "[bold]7. Your turn,[/] with a model of yours and labelled rows that its training has not seen:\n"
+        "     hf-calib fit --model ID_OR_PATH --dataset ID_OR_PATH --split validation --output DIR\n"
+        "   hf-calib fit --help and the README say the rest.",
+        soft_wrap=True,
     )
 
 

@@ -69,7 +69,7 @@ def push_calibrated(
 
     Args:
         model, processing_class, report: as in `save_calibrated`.
-        repo_id (`str`): such as `"me/my-model"`; made if it is missing.
+        repo_id (`str`): such as `"me/my-model"`, or `"my-model"` for your own; made if it is missing.
         private (`bool`, *optional*): of a repo that is made.
         token (`str`, *optional*): by default the one that the machine is logged in with.
     Returns:
@@ -79,9 +79,10 @@ def push_calibrated(
 
     check_calibrated(model)
     api = HfApi(token=token)
+    if "/" not in repo_id:  # the Hub takes an upload by the full name only, and so do the card's lines
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory() as folder:
-        owner = "" if "/" in repo_id else f"{api.whoami()['name']}/"
-        _write(model, Path(folder), processing_class, report, f"{owner}{repo_id}")  # the card's lines load it by that
+        _write(model, Path(folder), processing_class, report, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload calibrated model")
     return str(commit.commit_url)
@@ -140,7 +141,12 @@ def load_calibrated(
 
 
 def check_calibrated(model: PreTrainedModel) -> None:
-    """Raises a ValueError unless a calibrator is attached to the model or folded into it."""
+    """Raises a ValueError unless it is a model that can be loaded again, with a calibrator attached or folded."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model: got {type(model).__name__}; allowed are transformers models. Adapters are merged first: "
+            "attach_calibrator(model.merge_and_unload(), calibrator)"
+        )
     if attached_calibrator(model) is None and folded_calibrator(model) is None:
         raise ValueError("model: no calibrator is attached or folded; attach_calibrator or fold_calibrator first")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,15 @@ def write_diagram(path: Path, report: CalibrationReport) -> bool:
 
 def usage(name: str, applied: str) -> str:
     """The lines of Python that load the model, calibrated, and run a stock pipeline on it."""
+    name = json.dumps(name, ensure_ascii=False)  # quoted: a path on Windows holds backslashes
     if applied == "folded":
         return (
             "import hf_calib\nfrom transformers import pipeline\n\n"
-            f'classifier = pipeline("text-classification", model="{name}")'
+            f'classifier = pipeline("text-classification", model={name})'
         )
     return (
         "import hf_calib\nfrom transformers import AutoTokenizer, pipeline\n\n"
-        f'model, tokenizer = hf_calib.load_calibrated("{name}"), AutoTokenizer.from_pretrained("{name}")\n'
+        f"model, tokenizer = hf_calib.load_calibrated({name}), AutoTokenizer.from_pretrained({name})\n"
         'classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)'
     )
 

@@ -35,12 +35,12 @@ def read_predictions(
         raise FileNotFoundError(f"predictions: there is no file {path}")
     try:
         columns = _read_npz(path) if path.suffix == ".npz" else _read_table(path)
-        probs = torch.from_numpy(np.asarray(_probs(columns, probs_column, path), dtype=np.float64))
+        probs = torch.from_numpy(np.array(_probs(columns, probs_column, path), dtype=np.float64))
         labels = np.asarray(_column(columns, label_column, path))
         numbers = labels.astype(np.float64)
         if not (np.isfinite(numbers).all() and np.array_equal(labels, np.trunc(numbers))):
             raise ValueError("labels are not whole numbers")
-    except (TypeError, ValueError, BadZipFile) as error:
+    except (TypeError, ValueError, EOFError, BadZipFile) as error:
         if str(error).startswith("column:"):
             raise
         raise ValueError(f"predictions: {path} holds values that are no probabilities and labels ({error})") from None
@@ -48,10 +48,10 @@ def read_predictions(
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    arrays = np.load(path, allow_pickle=False)
-    if isinstance(arrays, np.ndarray):
-        raise ValueError("it is a single array")
-    with arrays:
+    with path.open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("it is a single array")
         return dict(arrays)
 
 

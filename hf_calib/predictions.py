@@ -89,6 +89,7 @@ def collect_predictions(
         raise ValueError(f"batch_size: got {batch_size!r}; allowed are integers from 1 up")
     labels = torch.tensor(_model_labels(dataset, label_column, model.config, label_map))
     tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
+    _check_tokenizer(tokenizer)
     encoded = _encode(dataset, texts, tokenizer, model)
     shape = (len(labels), model.config.num_labels)
     store = (
@@ -173,6 +174,15 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
         raise ValueError(
             f"processing_class: got None and found no tokenizer beside the model {model.name_or_path!r}; pass it"
         ) from None
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Where a model lies without its tokenizer, transformers makes an empty one up: every text is unknown to it."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"processing_class: the tokenizer of {tokenizer.name_or_path!r} knows special tokens only, as when its "
+            "files are missing; pass the model's own"
+        )
 
 
 def _encode(dataset: Any, texts: list[str], tokenizer: Any, model: PreTrainedModel) -> list[dict[str, Any]]:

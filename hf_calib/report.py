@@ -23,6 +23,7 @@ from .functional.smoothing import NUM_CELLS, grid_position, smooth_error
 NUM_BINS = 15
 SAME = 1e-6  # nats: less is rounding
 TITLES = {"accuracy": "Accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "smooth_ece": "Smooth ECE"}
+HIGHEST = {"accuracy": 1.0, "nll": math.inf, "brier": 2.0, "ece": 1.0, "smooth_ece": 1.0}
 
 
 class Estimate(NamedTuple):
@@ -70,6 +71,8 @@ class CalibrationReport:
         """The reliability diagram, before and after where there is a before: a `matplotlib.figure.Figure`."""
         from .plots import plot_reliability, plot_reliability_comparison, prepare_reliability
 
+        if not self.events:
+            raise ValueError("events: this report was read from a record, which has none; a figure needs them")
         after, *before = (prepare_reliability(scores, outcomes) for scores, outcomes in self.events)
         if before:
             return plot_reliability_comparison(before[0], after, title=title)
@@ -153,13 +156,14 @@ def evaluate_calibration(
         Intervals: `hf_calib.functional.resampling.bootstrap_interval`. ECE with 15 bins: Guo et al. 2017.
     """
     check_count("num_resamples", num_resamples)
-    if before is not None and before.shape != probs.shape:
-        raise ValueError(f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}")
-    sides = [
-        check_probs(side.cpu(), labels.cpu(), ignore_index=ignore_index)
-        for side in (probs, before)
-        if side is not None
-    ]
+    sides = [check_probs(probs, labels, ignore_index=ignore_index)]
+    if before is not None:
+        if isinstance(before, torch.Tensor) and before.shape != probs.shape:
+            raise ValueError(
+                f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}"
+            )
+        sides.append(check_probs(before, labels, ignore_index=ignore_index, name="before"))
+    sides = [(rows.cpu(), happened.cpu()) for rows, happened in sides]
     statistics = [_statistics(*side) for side in sides]
     num_rows = len(sides[0][1])
     values = _evaluate(statistics, torch.ones(num_rows, 1, dtype=torch.float64))
@@ -170,10 +174,8 @@ def evaluate_calibration(
     return CalibrationReport(
         num_rows,
         num_resamples,
-        *(_estimates(value, draws, lowest=0.0) for value, draws in zip(values, replicates, strict=True)),
-        change=None
-        if before is None
-        else _estimates(_difference(*values), _difference(*replicates), lowest=-math.inf),
+        *(_estimates(value, draws, HIGHEST) for value, draws in zip(values, replicates, strict=True)),
+        change=None if before is None else _estimates(_difference(*values), _difference(*replicates)),
         events=tuple(tuple(column[:, 0] for column in events(*side)) for side in sides),
     )
 
@@ -187,12 +189,15 @@ def _difference(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor])
 
 
 def _estimates(
-    values: dict[str, torch.Tensor], replicates: dict[str, torch.Tensor], lowest: float
+    values: dict[str, torch.Tensor], replicates: dict[str, torch.Tensor], highest: dict[str, float] | None = None
 ) -> dict[str, Estimate]:
+    """Each value with its interval, which ends at 0 and at `highest` where that is given."""
     found = {}
     for name, value in values.items():
         low, high = bootstrap_interval(float(value), replicates[name])
-        found[name] = Estimate(float(value), max(low, lowest), high)
+        if highest is not None:
+            low, high = max(low, 0.0), min(high, highest[name])
+        found[name] = Estimate(float(value), low, high)
     return found
 
 

@@ -1,16 +1,22 @@
-import datasets
-import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+import json
+import os
+import subprocess
+import sys
+import tempfile
 
-from hf_calib import TemperatureScaling
+import pytest
+
+
+# Before anything reads them at import: the tests reach no network and leave the user's caches alone.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_HOME": tempfile.mkdtemp(prefix="hf-home-")}
+
+import torch
 
 from .loopback_hub import LoopbackHub
+from .tiny import SPECIAL, make_classifier, make_tokenizer
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(40))]
-NAMES = ["sad", "calm", "glad"]
+WORDS = [f"w{index}" for index in range(40)]
 
 
 @pytest.fixture(scope="session")
@@ -22,64 +28,50 @@ def loopback_hub():
 
 
 @pytest.fixture
+def in_new_process(tmp_path):
+    """Runs Python code in a process of its own, offline, in `tmp_path`. It reads JSON and prints JSON."""
+
+    def run(code, argument):
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        options = {"input": json.dumps(argument), "cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", code], **options, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
 def classifier():
-    """A tiny BERT with three named labels, whose logits differ a lot from row to row."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=24,
-        initializer_range=0.5,
-        id2label=dict(enumerate(NAMES)),
-        label2id={name: index for index, name in enumerate(NAMES)},
-    )
-    return BertForSequenceClassification(config).eval()
+    """A classifier whose labels are sad, calm and glad."""
+    return make_classifier(["sad", "calm", "glad"], len(SPECIAL) + len(WORDS))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A tiny fast tokenizer: a word, a token."""
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", WORDS.index("[CLS]")), ("[SEP]", WORDS.index("[SEP]"))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    """The classifier's: it knows `WORDS`."""
+    return make_tokenizer(WORDS)
 
 
 @pytest.fixture(scope="session")
 def labelled_texts():
     """Thirty texts of one to ten words; the names of their labels come in another order than the classifier's."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 11, (30,), generator=generator).tolist()
-    words = [torch.randint(40, (length,), generator=generator).tolist() for length in lengths]
+    words = [torch.randint(len(WORDS), (n,), generator=generator).tolist() for n in lengths]
+    texts = [" ".join(WORDS[word] for word in row) for row in words]
     labels = torch.randint(3, (30,), generator=generator).tolist()
-    return datasets.Dataset.from_dict(
-        {
-            "text": [" ".join(f"w{word}" for word in row) for row in words],
-            "other": [f"w{row[0]} w1" for row in words],
-            "label": labels,
-        },
-        features=datasets.Features(
-            {
-                "text": datasets.Value("string"),
-                "other": datasets.Value("string"),
-                "label": datasets.ClassLabel(names=["glad", "sad", "calm"]),
-            }
-        ),
-    )
+    features = {"text": Value("string"), "label": ClassLabel(names=["glad", "sad", "calm"])}
+    return Dataset.from_dict({"text": texts, "label": labels}, features=Features(features))
 
 
 @pytest.fixture
 def temperature():
-    """A temperature that was fitted on three labels: 2.5."""
+    """A calibrator for three labels, fitted where the right temperature is 2.5."""
+    from hf_calib import TemperatureScaling
+
     p = torch.tensor([0.8, 0.15, 0.05])
     labels = torch.tensor([0] * 16 + [1] * 3 + [2])
     return TemperatureScaling().fit((2.5 * p.log()).expand(20, 3), labels)
@@ -88,5 +80,5 @@ def temperature():
 @pytest.fixture
 def tokens():
     """Four rows of six tokens, as keyword arguments of a model."""
-    ids = torch.randint(4, len(WORDS), (4, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(len(SPECIAL), len(SPECIAL) + len(WORDS), (4, 6), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

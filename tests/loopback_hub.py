@@ -32,6 +32,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+
 TOKEN = "hf_loopback"
 USER = "loopback"
 REGULAR_LIMIT = 10 * 1024 * 1024  # a text file above this size goes through LFS, as on the Hub

@@ -1,6 +1,7 @@
 """The command: what it makes, and one line for whatever is wrong with its input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,23 +11,23 @@ from transformers import AutoModelForSequenceClassification
 import hf_calib
 from hf_calib.cli import main
 
+from .tiny import mostly_predicted, save_sentiment_classifier
+
 
 NAMES = ["negative", "positive"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_classifier, tiny_tokenizer):
+def place(tmp_path, monkeypatch):
     """A working folder with a model, data of every kind, and things that are wrong."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_classifier(NAMES)
-    model.save_pretrained("model")
-    with torch.no_grad():
-        model.classifier.bias[0] = torch.nan
-    model.save_pretrained("broken")
-    for folder in ("model", "broken"):
-        tiny_tokenizer().save_pretrained(folder)
+    save_sentiment_classifier("model", num_numbers=60)
+    shutil.copytree("model", "broken")
+    broken = AutoModelForSequenceClassification.from_pretrained("model")
+    torch.nn.init.constant_(broken.classifier.bias, torch.nan)
+    broken.save_pretrained("broken")
     texts = [f"{'good' if row % 3 else 'bad'} {row}" for row in range(60)]
-    labels = [NAMES[row % 2] for row in range(60)]
+    labels = mostly_predicted("model", texts)
     rows = Dataset.from_dict({"text": texts, "label": labels})
     rows.to_json("rows.jsonl")
     rows.to_csv("rows.csv")
@@ -125,14 +126,14 @@ FIT = "fit --model model --dataset rows.jsonl --output made"
         ("fit --model model --dataset shouting.jsonl --output made", ["NEGATIVE", "[negative, positive]"]),
         (f"{FIT} --label-map nonsense", ["label_map", "nonsense"]),
         (f"{FIT} --label-map up=down", ["label_map", "up=down", "negative, positive"]),
-        ("fit --model model --dataset empty.parquet --output made", ["dataset", "0 rows"]),
+        ("fit --model model --dataset empty.parquet --output made", ["dataset", "empty.parquet", "no data"]),
         ("fit --model model --dataset unlabelled.parquet --output made", ["label", "no label"]),
         ("fit --model broken --dataset rows.jsonl --output made", ["logits", "NaN"]),
-        ("fit --model nowhere --dataset rows.jsonl --output made", ["nowhere"]),
+        ("fit --model nowhere --dataset rows.jsonl --output made", ["model", "nowhere"]),
         ("fit --model model --dataset nowhere.jsonl --output made", ["nowhere.jsonl"]),
         ("fit --model model --dataset taken/precious.txt --output made", ["dataset", "precious.txt", ".jsonl"]),
         (f"{FIT} --batch-size 0", ["batch_size", "0"]),
-        (f"{FIT} --batch-size many", ["batch-size", "many"]),
+        (f"{FIT} --batch-size many", ["--batch-size", "integer"]),
         (f"{FIT} --colour red", ["--colour"]),
         ("fit --model model --output made", ["--dataset"]),
         ("evaluate", ["predictions", "--model"]),

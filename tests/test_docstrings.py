@@ -25,6 +25,7 @@ from hf_calib.docstrings import (
     split_sentences,
 )
 
+
 MODULE = '''
 """First line of the module,
    continued here.

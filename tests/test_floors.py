@@ -17,7 +17,8 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "folding", "hub", "models", "prediction_files", "predictions", "training",
+        "attaching", "calibrate", "docstrings", "folding", "hub", "models", "prediction_files", "predictions",
+        "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip

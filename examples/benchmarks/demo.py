@@ -1,5 +1,7 @@
 """Runs `hf-calib demo` and keeps what the README shows of it: the report, the model card and the picture.
 
+The report goes to `results/demo.json`, the card and the picture to `model_cards/`.
+
     python examples/benchmarks/demo.py
 """
 

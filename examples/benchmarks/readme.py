@@ -1,5 +1,7 @@
 """Writes the README's tables from the committed result files, so that no number in it is typed by hand.
 
+A table lies between `<!-- table: NAME -->` and `<!-- end -->`.
+
     python examples/benchmarks/readme.py            # rewrites the tables
     python examples/benchmarks/readme.py --check    # exit code 1 where a table is not what the results say
 """

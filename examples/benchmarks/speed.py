@@ -1,7 +1,7 @@
 """How long a temperature fit and an ECE take, in passes over the same numbers, beside scikit-learn and torchmetrics.
 
-One pass, the floor, is a `logsumexp` and a gather over the logits. Everything is timed in one process, in rounds, so that
-a machine that slows down slows all of it down; the medians' ratios are written to `results/speed.json`.
+One pass, the floor, is a `logsumexp` and a gather over the logits. Everything is timed in one process, in rounds, so
+that a machine that slows down slows all of it down; the medians' ratios are written to `results/speed.json`.
 
     python examples/benchmarks/speed.py            # about two minutes on two cores
     python examples/benchmarks/speed.py --rounds 3

@@ -209,8 +209,8 @@ def _check_finite(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
     if wrong.any():
         first = wrong.nonzero()[0]
         raise ValueError(
-            f"logits: the largest of row {int(kept.nonzero()[first])} is {float(highest[first])}; allowed are finite values, "
-            "and -inf for classes that cannot occur"
+            f"logits: the largest of row {int(kept.nonzero()[first])} is {float(highest[first])}; allowed are finite "
+            "values, and -inf for classes that cannot occur"
         )
     chosen = logits.gather(-1, labels[:, None])[:, 0]
     if not chosen.isfinite().all():

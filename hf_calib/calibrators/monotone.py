@@ -9,6 +9,9 @@ from ..functional.checks import PROBABILITY_FLOOR
 from .base import Calibrator
 
 
+TIE = 1e-12  # probabilities that differ by less, relatively, differ by rounding
+
+
 class IsotonicCalibration(Calibrator):
     r"""The monotone step function of each class's probability that fits best, one class against the rest.
 
@@ -77,6 +80,8 @@ def fit_isotonic(scores: np.ndarray, outcomes: np.ndarray, weights: np.ndarray) 
     from sklearn.isotonic import isotonic_regression
 
     distinct, group = np.unique(scores, return_inverse=True)
+    is_new = np.diff(distinct, prepend=-np.inf) > TIE * distinct
+    distinct, group = distinct[is_new], (is_new.cumsum() - 1)[group]
     group_weights = np.bincount(group, weights)
     means = np.bincount(group, weights * outcomes) / group_weights
     fitted = isotonic_regression(means, sample_weight=group_weights)

@@ -11,10 +11,10 @@ from .base import Calibrator
 
 
 BLOCK_ELEMENTS = 2**19  # logits worked on at a time: small enough for a cache, large enough for a call to pay
-START_ROWS = 2000  # rows of the subsample that starts the search
+START_ROWS = 2000  # rows of the random subsample that starts the search
 MAX_PASSES = 60
-# How far T may lie above the logits' own scale: beyond e^9 a softmax is uniform to all that a float can tell. Below it
-# T may lie as far as float32 goes, since a few huge entries, such as masks of -1e9, can be all of that scale.
+# How far T may lie above the logits' spread: beyond e^9 a softmax is uniform to four digits. Below it T may lie as
+# far as float32 goes, since a few huge entries, such as masks of -1e9, can be all of that spread.
 LOG_RANGE = 9.0
 LOWEST, HIGHEST = -87.0, 88.0  # log T of normal float32 numbers
 # A third-order step of this length in log T leaves an error of its cube, far below 1e-7 nats.
@@ -69,9 +69,9 @@ class TemperatureScaling(Calibrator):
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
-    """The temperature of lowest NLL, at most `e**LOG_RANGE` times the logits' own scale.
+    """The temperature of lowest NLL, at most `e**LOG_RANGE` times the logits' spread.
 
-    A spread-out subsample starts the search, so that one or two passes over all rows end it.
+    A random subsample starts the search, so that one or two passes over all rows end it.
 
     Args:
         logits (`torch.Tensor` of shape `(N, C)`, floating, checked).
@@ -81,19 +81,23 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
         UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict
         labels.
     """
-    stride = max(1, len(logits) // START_ROWS)
-    scale = _spread(logits[::stride]) or _spread(logits)
-    if scale == 0:
+    is_large = len(logits) > 2 * START_ROWS
+    some = slice(None)
+    if is_large:  # drawn, for a stride may match the length of sequences
+        some = torch.randint(len(logits), (START_ROWS,), generator=torch.Generator().manual_seed(0)).to(logits.device)
+    spread = _spread(logits[some]) or _spread(logits)
+    if spread == 0:
         return 1.0  # every row is constant: all temperatures are the same
+    ceiling = min(math.log(spread) + LOG_RANGE, HIGHEST)
     if separable := _is_separable(logits, labels):
         _warn(
             "every label is the most probable class; took the best one had the least sure row been wrong (at most 1)"
         )
         labels = _flip_least_sure(logits, labels)
-    log_t = min(max(math.log(scale), LOWEST), HIGHEST)
-    ceiling = min(log_t + LOG_RANGE, HIGHEST)
-    if stride > 1 and not _is_separable(logits[::stride], labels[::stride]):
-        log_t = _minimise(logits[::stride], labels[::stride], weights[::stride], log_t, ceiling)
+    margin = _margin(logits[some], labels[some]) or _margin(logits, labels)
+    log_t = min(max(math.log(margin), LOWEST), ceiling)
+    if is_large and not _is_separable(logits[some], labels[some]):
+        log_t = _minimise(logits[some], labels[some], weights[some], log_t, ceiling)
     log_t = _minimise(logits, labels, weights, log_t, ceiling)
     temperature = math.exp(log_t)
     if separable:
@@ -128,6 +132,15 @@ def _spread(logits: torch.Tensor) -> float:
     below = logits.amax(-1, keepdim=True).double() - logits.double()
     finite = below.isfinite()
     return float(below.where(finite, 0).sum() / finite.sum())
+
+
+def _margin(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Median distance of the label's logit from the best other one, where they differ; no mask reaches it."""
+    happened = logits.gather(-1, labels[:, None])[:, 0].double()
+    others = logits.scatter(-1, labels[:, None], -torch.inf).amax(-1).double()
+    distance = (happened - others).abs()
+    distance = distance[distance.isfinite() & (distance > 0)]
+    return float(distance.median()) if len(distance) else 0.0
 
 
 def _minimise(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, log_t: float, high: float) -> float:

@@ -57,8 +57,7 @@ def expected_calibration_error(
         upward: noise in a bin's accuracy counts as a gap.
     Raises:
         ValueError: shapes disagree, a row does not sum to 1 within the dtype's tolerance, a value is not finite, a
-        label
-            is out of range, or no row is left.
+            label is out of range, or no row is left.
     Source:
         Guo et al. 2017 (arXiv 1706.04599), section 2; `target="class"` is Kull et al. 2019 (arXiv 1910.12656). Bins
         `(low, high]`.
@@ -141,7 +140,7 @@ def smooth_calibration_error(
     Example:
         >>> import torch
         >>> round(smooth_calibration_error(torch.full((100,), 0.5), torch.ones(100, dtype=torch.long)).item(), 3)
-        0.361
+        0.5
     """
     scores, outcomes = events(probs, labels, target=target, task=task, ignore_index=ignore_index)
     return smooth_error(grid_masses(scores, outcomes)).mean()
@@ -159,8 +158,7 @@ def reliability_curve(
 
     Args:
         probs, labels, num_bins, binning, ignore_index: as in `expected_calibration_error`; class probabilities are
-        read
-            by their top label.
+            read by their top label.
     Returns:
         [`ReliabilityCurve`]: `edges`, `counts`, `confidence`, `accuracy`.
     Raises:
@@ -202,7 +200,7 @@ def events(
     if target == "class":
         return probs, labels[:, None] == torch.arange(probs.shape[1], device=labels.device)
     confidence, predicted = probs.max(-1, keepdim=True)
-    return confidence.clamp_max(1), predicted == labels[:, None]
+    return confidence, predicted == labels[:, None]
 
 
 def binned_error(sums: torch.Tensor, norm: str = "l1") -> torch.Tensor:

@@ -14,7 +14,12 @@ TASKS = (None, "multilabel")
 
 
 def check_probs(
-    probs: torch.Tensor, labels: torch.Tensor, *, task: str | None = None, ignore_index: int = -100
+    probs: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    task: str | None = None,
+    ignore_index: int = -100,
+    name: str = "probs",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Validates probabilities and labels, flattens leading dimensions and leaves out ignored rows.
 
@@ -24,27 +29,37 @@ def check_probs(
         labels (`torch.Tensor`, integer): `(...)` in `[0, C)`; or `(N,)` in {0, 1}; or `(..., L)` in {0, 1}.
         task (`None` or `"multilabel"`): the one switch; everything else is told by the shapes.
         ignore_index (`int`): a row whose label (every label, when multi-label) equals it is left out.
+        name (`str`): what errors call the probabilities.
     Returns:
-        `(N, C)` and `(N,)`; or `(N,)` and `(N,)`; or `(N, L)` and `(N, L)`.
+        `(N, C)` and `(N,)`; or `(N,)` and `(N,)`; or `(N, L)` and `(N, L)`. Labels are int64. Probabilities are at
+        most 1: what rounding has put above is cut.
     Raises:
         ValueError: shapes disagree, a row does not sum to 1 within the dtype's tolerance, a value is not finite or out
             of range, or no row is left. The message names the argument, the value and what is allowed.
     """
-    _check_shapes(probs, labels, task)
-    if probs.dim() > 1:
-        probs = probs.reshape(-1, probs.shape[-1])
-    labels = labels.reshape(probs.shape if task == "multilabel" else (-1,))
-    kept = labels != ignore_index
-    if kept.dim() == 2:
-        kept = kept.any(-1)
-    if not kept.all():
-        probs, labels = probs[kept], labels[kept]
-    if len(labels) == 0:
-        raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
-    events = probs.dim() == 1 or task == "multilabel"
-    check_labels(labels, 2 if events else probs.shape[-1])
-    _check_range(probs) if events else _check_rows(probs)
-    return probs, labels
+    probs, labels = _kept_rows(name, probs, labels, task, ignore_index)
+    if probs.dim() == 1 or task == "multilabel":
+        _check_range(name, probs)
+        return probs, labels
+    return _check_rows(name, probs), labels
+
+
+def check_log_probs(
+    log_probs: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `check_probs`, for `(..., C)` rows of normalised log-probabilities; `-inf` is allowed."""
+    rows, labels = _kept_rows("log_probs", log_probs, labels, None, ignore_index)
+    if rows.dim() != 2:
+        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)}; allowed are (..., C) rows for (...) labels")
+    # float32, since in float16 a sum of more than 65,504 exponentials can be infinite
+    excess = rows.to(torch.promote_types(rows.dtype, torch.float32)).logsumexp(-1).abs()
+    # log_softmax in half precision rounds each entry, so a row's mass may be off by that rounding times its size
+    tolerance = max(1e-3, 16 * torch.finfo(rows.dtype).eps)
+    if not bool((excess <= tolerance).all()):
+        worst = float(excess.nan_to_num(nan=float("inf")).max())
+        raise ValueError(f"log_probs: a row's logsumexp is off 0 by {worst:.3g}; allowed is {tolerance:.2g}. "
+                         "Logits become log-probabilities by logits.log_softmax(-1)")  # fmt: skip
+    return rows, labels
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
@@ -66,26 +81,51 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed are integers from 1 up")
 
 
-def _check_shapes(probs: torch.Tensor, labels: torch.Tensor, task: str | None) -> None:
+def _kept_rows(
+    name: str, probs: torch.Tensor, labels: torch.Tensor, task: str | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat rows and int64 labels without the ignored ones; shapes, dtypes and labels are checked, `probs` are not."""
+    _check_shapes(name, probs, labels, task)
+    probs = probs.detach()  # a metric is a number: what one trains on is a loss
+    if probs.dim() > 1:
+        probs = probs.reshape(-1, probs.shape[-1])
+    # int64 first: in uint8 the label 156 would equal -100
+    labels = labels.long().reshape(probs.shape if task == "multilabel" else (-1,))
+    kept = labels != ignore_index
+    if kept.dim() == 2:
+        kept = kept.any(-1)
+    if not kept.all():
+        probs, labels = probs[kept], labels[kept]
+    if len(labels) == 0:
+        raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
+    check_labels(labels, 2 if probs.dim() == 1 or task == "multilabel" else probs.shape[-1])
+    return probs, labels
+
+
+def _check_shapes(name: str, probs: torch.Tensor, labels: torch.Tensor, task: str | None) -> None:
     check_choice("task", task, TASKS)
     if not isinstance(probs, torch.Tensor) or not probs.is_floating_point():
-        raise ValueError(f"probs: got {_describe(probs)}; allowed are floating torch tensors")
+        raise ValueError(f"{name}: got {_describe(probs)}; allowed are floating torch tensors")
+    if probs.dim() > 1 and probs.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(probs.shape)}; allowed is at least one class")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels: got {_describe(labels)}; allowed are integer torch tensors")
     if task == "multilabel":
         if probs.dim() < 2 or probs.shape != labels.shape:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)} for multi-label probs of {tuple(probs.shape)}; "
-                             "allowed is one label per probability, (..., L) each")  # fmt: skip
+            raise ValueError(
+                f"labels: got shape {tuple(labels.shape)} for multi-label {name} of {tuple(probs.shape)}; allowed is "
+                "one label per probability, (..., L) each"
+            )
         return
     expected = probs.shape if probs.dim() == 1 else probs.shape[:-1]
     if probs.dim() == 0 or labels.shape != expected:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)} for probs of shape {tuple(probs.shape)}; allowed are (...) "
+            f"labels: got shape {tuple(labels.shape)} for {name} of shape {tuple(probs.shape)}; allowed are (...) "
             "labels for (..., C) rows, (N,) for the (N,) probabilities of an event, or task='multilabel'"
         )
 
 
-def _check_rows(probs: torch.Tensor) -> None:
+def _check_rows(name: str, probs: torch.Tensor) -> torch.Tensor:
     """Rows sum to 1: half-precision rows honestly miss it by their own rounding, so the tolerance follows."""
     tolerance = max(1e-4, torch.finfo(probs.dtype).eps)
     total = probs.sum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
@@ -93,19 +133,20 @@ def _check_rows(probs: torch.Tensor) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"probs: row {row} sums to {float(total[row]):.6g}; allowed is 1 within {tolerance:.2g}. "
+            f"{name}: row {row} sums to {float(total[row]):.6g}; allowed is 1 within {tolerance:.2g}. "
             "Logits become probabilities by logits.softmax(-1)"
         )
-    lowest = float(probs.min())
+    lowest, highest = (float(value) for value in torch.aminmax(probs))
     if lowest < 0:
-        raise ValueError(f"probs: got {lowest:.6g}; allowed are values in [0, 1]")
+        raise ValueError(f"{name}: got {lowest:.6g}; allowed are values in [0, 1]")
+    return probs.clamp_max(1) if highest > 1 else probs
 
 
-def _check_range(probs: torch.Tensor) -> None:
+def _check_range(name: str, probs: torch.Tensor) -> None:
     low, high = (float(value) for value in torch.aminmax(probs))
     if not (low >= 0 and high <= 1):  # written so that NaN is refused
         raise ValueError(
-            f"probs: got values from {low:.6g} to {high:.6g}; allowed are finite values in [0, 1]. "
+            f"{name}: got values from {low:.6g} to {high:.6g}; allowed are finite values in [0, 1]. "
             "Logits of single events become probabilities by logits.sigmoid()"
         )
 

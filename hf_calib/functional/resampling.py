@@ -25,7 +25,7 @@ class SumStatistic(NamedTuple):
     def __call__(self, counts: torch.Tensor) -> torch.Tensor:
         """The metric of rows that occur `counts` times: `(N, R)` float64 gives `(R,)` float64."""
         if self.size == 1:
-            return self.finish((self.values.T @ counts).T / len(counts))
+            return self.finish((self.values.sum(1) @ counts)[:, None] / len(counts))
         sums = counts.new_zeros(self.size, counts.shape[1])
         for cells, values in zip(self.cells.T, self.values.T, strict=True):
             sums.index_add_(0, cells, values[:, None] * counts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from .checks import PROBABILITY_FLOOR, check_choice, check_labels, check_probs
+from .checks import PROBABILITY_FLOOR, check_choice, check_log_probs, check_probs
 
 
 REDUCTIONS = ("mean", "none")
@@ -28,7 +30,7 @@ def negative_log_likelihood(
             Logits are refused. A probability of 0 counts as `PROBABILITY_FLOOR`, 87.3 nats.
         labels (`torch.Tensor`, integer): what happened; shapes as in `expected_calibration_error`.
         log_probs (`torch.Tensor` of shape `(..., C)`): in place of `probs`, normalised log-probabilities, which keep
-            the precision that very small probabilities lose. `-inf` counts as the same floor.
+            the precision that very small probabilities lose. `-inf` counts as the same floor. Not with `task`.
         task (`None` or `"multilabel"`): with `"multilabel"`, the mean over labels of each label's own NLL.
         ignore_index (`int`): rows with this label are left out.
         reduction (`"mean"` or `"none"`): the mean, or one value per row that is not ignored.
@@ -47,17 +49,20 @@ def negative_log_likelihood(
     if (probs is None) == (log_probs is None):
         raise ValueError("probs: give either probs or log_probs=, not both and not neither")
     if log_probs is not None:
-        log_likelihood = _log_likelihood_from_log_probs(log_probs, labels, ignore_index)
+        check_choice("task", task, (None,))
+        rows, labels = check_log_probs(log_probs, labels, ignore_index=ignore_index)
+        log_likelihood = rows.gather(-1, labels[:, None])[:, 0].double().clamp(math.log(PROBABILITY_FLOOR), 0)
     else:
         probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
         if probs.dim() == 2 and task is None:
-            happened = probs.gather(-1, labels.long()[:, None])[:, 0].double()
+            happened = probs.gather(-1, labels[:, None])[:, 0].double()
         else:
             happened = torch.where(labels == 1, probs.double(), 1 - probs.double())
         log_likelihood = happened.clamp_min(PROBABILITY_FLOOR).log()
         if log_likelihood.dim() == 2:
             log_likelihood = log_likelihood.mean(-1)
-    return -log_likelihood.mean() if reduction == "mean" else -log_likelihood
+    surprise = 0 - log_likelihood  # and not -log_likelihood: certainty has surprise 0, not -0
+    return surprise.mean() if reduction == "mean" else surprise
 
 
 def brier_score(
@@ -94,7 +99,7 @@ def brier_score(
     probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
     if probs.dim() == 2 and task is None:
         # sum_k (p_k - [y = k])^2 = sum_k p_k^2 - 2 p_y + 1, which needs no one-hot copy of the rows
-        happened = probs.gather(-1, labels.long()[:, None])[:, 0].double()
+        happened = probs.gather(-1, labels[:, None])[:, 0].double()
         scores = torch.linalg.vector_norm(probs, dim=-1, dtype=torch.float64).square() - 2 * happened + 1
     else:
         scores = (probs.double() - labels).square()
@@ -123,24 +128,3 @@ def accuracy(
         raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
     correct = (probs.argmax(-1) == labels).double()
     return correct.mean() if reduction == "mean" else correct
-
-
-def _log_likelihood_from_log_probs(log_probs: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    if log_probs.dim() < 2 or log_probs.shape[:-1] != labels.shape:
-        raise ValueError(f"log_probs: got shape {tuple(log_probs.shape)} for labels of {tuple(labels.shape)}; "
-                         "allowed are (..., C) rows for (...) labels")  # fmt: skip
-    kept = labels.reshape(-1) != ignore_index
-    rows, labels = log_probs.reshape(-1, log_probs.shape[-1])[kept], labels.reshape(-1)[kept].long()
-    if len(labels) == 0:
-        raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
-    check_labels(labels, rows.shape[-1])
-    excess = rows.logsumexp(-1).abs()
-    # log_softmax in half precision rounds each entry, so a row's mass may be off by that rounding times its size
-    tolerance = max(1e-3, 16 * torch.finfo(rows.dtype).eps)
-    if not bool((excess <= tolerance).all()):
-        worst = float(excess.nan_to_num(nan=float("inf")).max())
-        raise ValueError(f"log_probs: a row's logsumexp is off 0 by {worst:.3g}; allowed is {tolerance:.2g}. "
-                         "Logits become log-probabilities by logits.log_softmax(-1)")  # fmt: skip
-    happened = rows.gather(-1, labels[:, None])[:, 0].double()
-    floor = torch.tensor(PROBABILITY_FLOOR, dtype=torch.float64).log()
-    return happened.clamp_min(floor.item())

@@ -1,0 +1,297 @@
+"""An attached calibrator: calibrated `outputs.logits`, and everything else as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, pipeline
+
+from hf_calib import (
+    IsotonicCalibration,
+    TemperatureScaling,
+    attach_calibrator,
+    attached_calibrator,
+    collect_predictions,
+    detach_calibrator,
+    fold_calibrator,
+    load_calibrated,
+    uncalibrated,
+)
+
+
+@pytest.fixture(params=["temperature", "isotonic"])
+def calibrator(request, temperature):
+    if request.param == "temperature":
+        return temperature
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(200, 3, generator=generator)
+    return IsotonicCalibration().fit(logits, torch.randint(3, (200,), generator=generator))
+
+
+@pytest.fixture
+def attached(classifier, calibrator):
+    return attach_calibrator(classifier, calibrator)
+
+
+@torch.no_grad()
+def logits_of(model, tokens):
+    return model(**tokens).logits
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# -- what the model returns
+
+
+def test_it_is_the_same_object_with_calibrated_logits(classifier, calibrator, tokens):
+    raw = logits_of(classifier, tokens)
+    assert attach_calibrator(classifier, calibrator) is classifier
+    assert torch.equal(logits_of(classifier, tokens), calibrator(raw))
+    assert not torch.equal(calibrator(raw), raw)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0])])
+def test_dictionaries_and_tuples_are_calibrated_and_the_loss_is_not(labels, classifier, calibrator, tokens):
+    options = {**tokens, "labels": labels, "output_hidden_states": True}
+    with torch.no_grad():
+        raw = classifier(**options)
+        attach_calibrator(classifier, calibrator)
+        found, found_tuple = classifier(**options), classifier(**options, return_dict=False)
+    assert torch.equal(found.logits, calibrator(raw.logits))
+    assert torch.equal(found["logits"], found.logits)
+    assert found.keys() == raw.keys()
+    assert len(found_tuple) == len(found)
+    for one, other in zip(found.to_tuple(), found_tuple, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    if labels is not None:
+        assert torch.equal(found.loss, raw.loss)
+
+
+def test_a_stock_pipeline_gives_calibrated_scores(attached, calibrator, tokenizer, labelled_texts):
+    texts = labelled_texts["text"][:]
+    classify = pipeline("text-classification", model=attached, tokenizer=tokenizer)
+    rows = classify(texts, top_k=None, batch_size=7)
+    found = torch.tensor(
+        [[{e["label"]: e["score"] for e in row}[name] for name in ("sad", "calm", "glad")] for row in rows]
+    )
+    predictions = collect_predictions(attached, labelled_texts, processing_class=tokenizer)
+    torch.testing.assert_close(found, calibrator.log_probs(predictions.logits).exp(), rtol=0, atol=1e-5)
+    assert (found - predictions.probs).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_calibrator_keeps_its_precision_when_the_model_is_cast(dtype, classifier, calibrator, tokens):
+    attach_calibrator(classifier, calibrator).to(dtype)
+    kept = attached_calibrator(classifier).tensors()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in calibrator.tensors().items())
+    assert all(kept[name].dtype == tensor.dtype for name, tensor in calibrator.tensors().items())
+    found = logits_of(classifier, tokens)
+    assert found.dtype == dtype
+    with uncalibrated(classifier):
+        assert torch.equal(found, calibrator(logits_of(classifier, tokens)))
+
+
+def test_a_compiled_model_is_calibrated_in_one_graph(attached, tokens):
+    expected = logits_of(attached, tokens)
+    compiled = torch.compile(attached, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits_of(compiled, tokens), expected, rtol=1e-5, atol=1e-5)
+    with uncalibrated(compiled):
+        raw = logits_of(compiled, tokens)
+    with uncalibrated(attached):
+        torch.testing.assert_close(raw, logits_of(attached, tokens), rtol=1e-5, atol=1e-5)
+
+
+# -- suspending and detaching
+
+
+def test_suspensions_nest_and_end_on_exceptions(attached, tokens):
+    calibrated = logits_of(attached, tokens)
+    with uncalibrated(attached) as same:
+        assert same is attached
+        raw = logits_of(attached, tokens)
+        with pytest.raises(KeyboardInterrupt), uncalibrated(attached):
+            raise KeyboardInterrupt
+        assert torch.equal(logits_of(attached, tokens), raw)
+    assert torch.equal(logits_of(attached, tokens), calibrated)
+    assert not torch.equal(raw, calibrated)
+
+
+def test_a_model_without_a_calibrator_can_be_suspended(classifier, tokens):
+    with uncalibrated(classifier):
+        logits_of(classifier, tokens)
+
+
+def test_detaching_gives_the_plain_model_back(classifier, calibrator, tokens, tmp_path):
+    before, names = logits_of(classifier, tokens), set(vars(classifier))
+    assert detach_calibrator(attach_calibrator(classifier, calibrator)) is classifier
+    assert torch.equal(logits_of(classifier, tokens), before)
+    assert set(vars(classifier)) == names
+    assert attached_calibrator(classifier) is None
+    classifier.save_pretrained(tmp_path)
+    assert sorted(state(tmp_path)) == ["config.json", "model.safetensors"]
+    with pytest.raises(ValueError, match="model: no calibrator is attached"):
+        detach_calibrator(classifier)
+    attach_calibrator(classifier, calibrator)
+
+
+# -- the object
+
+
+def test_no_key_reaches_the_weights(classifier, calibrator):
+    before = list(classifier.state_dict()), [name for name, _ in classifier.named_parameters()]
+    attach_calibrator(classifier, calibrator)
+    assert (list(classifier.state_dict()), [name for name, _ in classifier.named_parameters()]) == before
+
+
+def test_the_model_has_a_copy_that_knows_its_labels(classifier, temperature):
+    attach_calibrator(classifier, temperature)
+    assert temperature.label_names is None
+    assert attached_calibrator(classifier).label_names == ["sad", "calm", "glad"]
+    temperature.temperature.fill_(9)
+    assert attached_calibrator(classifier).temperature != 9
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_independent(duplicate, attached, tokens, tmp_path):
+    calibrated = logits_of(attached, tokens)
+    twin = duplicate(attached)
+    assert torch.equal(logits_of(twin, tokens), calibrated)
+    with torch.no_grad():
+        twin.classifier.bias += 1
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_calibrated(tmp_path), tokens), logits_of(twin, tokens))
+    detach_calibrator(twin)
+    assert torch.equal(logits_of(attached, tokens), calibrated)
+    assert not torch.equal(logits_of(twin, tokens), calibrated)
+
+
+# -- saving
+
+
+def test_a_plain_save_carries_the_calibrator(attached, calibrator, tokens, tmp_path):
+    attached.save_pretrained(tmp_path)
+    files = ["calibrator.json", "calibrator.safetensors", "config.json", "model.safetensors"]
+    assert sorted(state(tmp_path)) == files
+    assert torch.equal(logits_of(load_calibrated(tmp_path), tokens), logits_of(attached, tokens))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with uncalibrated(attached):
+        assert torch.equal(logits_of(plain, tokens), logits_of(attached, tokens))
+
+
+def test_a_save_that_would_push_without_the_calibrator_is_refused(attached, tmp_path):
+    with pytest.raises(ValueError, match=r"push_to_hub: got True.*model.push_to_hub\(repo_id\)"):
+        attached.save_pretrained(tmp_path, push_to_hub=True)
+    assert not state(tmp_path)
+
+
+def test_other_processes_than_the_main_one_write_nothing(attached, tmp_path):
+    attached.save_pretrained(tmp_path, is_main_process=False)
+    assert "calibrator.json" not in state(tmp_path)
+
+
+# -- refusals
+
+
+def for_labels(num_labels, names=None):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(num_labels, (50,), generator=generator)
+    calibrator = TemperatureScaling().fit(
+        torch.randn(50, num_labels, generator=generator) + 2 * torch.eye(num_labels)[labels], labels
+    )
+    calibrator.label_names = names
+    return calibrator
+
+
+OWN = r"allowed are the model's labels \['sad', 'calm', 'glad'\]"
+
+
+@pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
+@pytest.mark.parametrize(
+    ("calibrator", "message"),
+    [
+        (TemperatureScaling(), "calibrator: got a TemperatureScaling that is not fitted"),
+        (for_labels(4), f"calibrator: it was fitted for 4 unnamed labels; {OWN}"),
+        (for_labels(3, ["glad", "calm", "sad"]), rf"fitted for \['glad', 'calm', 'sad'\]; {OWN}"),
+    ],
+)
+def test_a_calibrator_of_something_else_is_refused(apply, calibrator, message, classifier, tokens):
+    before = logits_of(classifier, tokens)
+    with pytest.raises(ValueError, match=message):
+        apply(classifier, calibrator)
+    assert torch.equal(logits_of(classifier, tokens), before)
+
+
+@pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
+def test_a_model_is_calibrated_once(apply, classifier, temperature, tokens):
+    attach_calibrator(classifier, temperature)
+    before = logits_of(classifier, tokens)
+    with pytest.raises(ValueError, match="model: a calibrator is attached to it already"):
+        apply(classifier, temperature)
+    assert torch.equal(logits_of(classifier, tokens), before)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
+def test_other_problems_are_refused(apply, problem, classifier, temperature):
+    classifier.config.problem_type = problem
+    with pytest.raises(ValueError, match=f"model: got problem_type='{problem}'; allowed is single-label"):
+        apply(classifier, temperature)
+
+
+# -- PEFT
+
+
+@pytest.fixture
+def adapted():
+    """Wraps a model into LoRA adapters that change its logits."""
+    peft = pytest.importorskip("peft")
+
+    def adapt(model):
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+    return adapt
+
+
+# peft 0.21 asks transformers 5.23 for a property by the name it had before
+on_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@on_peft
+def test_a_calibrator_is_seen_through_adapters_that_came_later(attached, adapted, calibrator, tokens):
+    model = adapted(attached)
+    found = logits_of(model, tokens)
+    with uncalibrated(model):
+        raw = logits_of(model, tokens)
+    assert torch.equal(found, calibrator(raw))
+    for apply in (attach_calibrator, fold_calibrator):
+        with pytest.raises(ValueError, match="model: a calibrator is attached to it already"):
+            apply(model, calibrator)
+    assert torch.equal(logits_of(model, tokens), found)
+
+
+@on_peft
+def test_a_calibrator_is_attached_to_adapters(classifier, adapted, calibrator, tokenizer, labelled_texts, tokens):
+    model = adapted(classifier)
+    raw, collected = logits_of(model, tokens), collect_predictions(model, labelled_texts, processing_class=tokenizer)
+    attach_calibrator(model, calibrator)
+    assert torch.equal(logits_of(model, tokens), calibrator(raw))
+    again = collect_predictions(model, labelled_texts, processing_class=tokenizer)
+    assert torch.equal(again.logits, collected.logits)
+    assert torch.equal(logits_of(detach_calibrator(model), tokens), raw)
+
+
+@on_peft
+def test_a_calibrator_is_not_folded_into_adapters(classifier, adapted, temperature, tokens):
+    model = adapted(classifier)
+    before = logits_of(model, tokens)
+    with pytest.raises(ValueError, match="model: got PeftModelForSequenceClassification; allowed are"):
+        fold_calibrator(model, temperature)
+    assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_a_fresh_model_of_the_same_config_is_not_attached(attached, calibrator):
+    attach_calibrator(BertForSequenceClassification(attached.config), calibrator)

@@ -1,0 +1,137 @@
+"""The model card says what was measured, and how to load the model."""
+
+import re
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from hf_calib import CalibrationReport, attach_calibrator, evaluate_calibration, fold_calibrator, save_calibrated
+from hf_calib.attaching import attached_calibrator
+from hf_calib.model_card import usage, write_model_card
+
+
+PROVENANCE = {
+    "rows": 20,
+    "dataset": "org/moods: a set",
+    "split": "validation",
+    "report_split": "test",
+    "report_rows": "a test split",
+    "fingerprint": "0123456789abcdef",
+}
+
+
+@pytest.fixture(scope="module")
+def report():
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(200, 3, generator=generator)
+    labels = torch.multinomial((logits / 2.5).softmax(-1), 1, generator=generator)[:, 0]
+    return evaluate_calibration((logits / 2.5).softmax(-1), labels, before=logits.softmax(-1), num_resamples=50)
+
+
+@pytest.fixture
+def calibrator(temperature):
+    temperature.label_names, temperature.provenance = ["sad", "calm", "glad"], dict(PROVENANCE)
+    return temperature
+
+
+def card_of(folder, calibrator, applied="attached", report=None, name="org/mood: a name"):
+    write_model_card(folder, name=name, calibrator=calibrator, applied=applied, report=report)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_metadata_holds_the_reports_values(calibrator, report, tmp_path):
+    data = card_of(tmp_path, calibrator, report=report).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-classification")
+    assert {"calibration", "hf_calib"} <= set(data.tags)
+    assert data.model_name == "org/mood: a name"
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        name: pytest.approx(estimate.value, abs=1e-6) for name, estimate in report.after.items()
+    }
+    for result in data.eval_results:
+        assert (result.task_type, result.dataset_name, result.dataset_split) == (
+            "text-classification",
+            "org/moods: a set",
+            "test",
+        )
+
+
+@pytest.mark.parametrize("provenance", [PROVENANCE, {}])
+@pytest.mark.parametrize("with_report", [True, False])
+def test_the_text_has_a_section_for_what_is_known(provenance, with_report, calibrator, report, tmp_path):
+    calibrator.provenance = dict(provenance)
+    card = card_of(tmp_path, calibrator, report=report if with_report else None)
+    assert card.text.lstrip().startswith("# org/mood: a name\n")
+    assert "The calibrator is `temperature`." in card.text
+    assert "Labels: sad, calm, glad." in card.text
+    assert (report.to_markdown() in card.text) == with_report
+    assert ("](reliability.png)" in card.text) == with_report == (tmp_path / "reliability.png").is_file()
+    assert (card.data.eval_results is not None) == with_report
+    known = [
+        "Data set: org/moods: a set",
+        "Split: validation",
+        "Rows: 20",
+        "Fingerprint of logits and labels: 01234567",
+    ]
+    assert [line in card.text for line in known] == [bool(provenance)] * 4
+    assert "None" not in card.content
+    assert "\n\n\n" not in card.text
+
+
+def test_the_diagram_is_a_picture(calibrator, report, tmp_path):
+    card_of(tmp_path, calibrator, report=report)
+    assert (tmp_path / "reliability.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_report_that_was_read_back_has_a_table_and_no_diagram(calibrator, report, tmp_path):
+    card = card_of(tmp_path, calibrator, report=CalibrationReport.from_dict(report.to_dict()))
+    assert report.to_markdown() in card.text
+    assert "reliability.png" not in card.text
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_without_matplotlib_there_is_a_warning_and_no_diagram(calibrator, report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "hf_calib.plots", raising=False)
+    with pytest.warns(UserWarning, match=r"reliability\.png: not drawn, because .*matplotlib"):
+        card = card_of(tmp_path, calibrator, report=report)
+    assert "reliability.png" not in card.text
+    assert report.to_markdown() in card.text
+
+
+@pytest.mark.parametrize("applied", ["attached", "folded"])
+def test_it_says_how_the_calibrator_is_applied(applied, calibrator, tmp_path):
+    card = card_of(tmp_path, calibrator, applied)
+    assert ("`hf_calib.load_calibrated` applies it" in card.text) == (applied == "attached")
+    assert ("folded into the weights" in card.text) == (applied == "folded")
+    assert f"```python\n{usage('org/mood: a name', applied)}\n```" in card.text
+
+
+@pytest.mark.parametrize("applied", ["attached", "folded"])
+@pytest.mark.parametrize("name", ["org/mood", 'it\'s "mine"', r"C:\new\text"])
+def test_its_lines_load_the_model_by_that_name(name, applied, monkeypatch):
+    import transformers
+
+    import hf_calib
+
+    loaded = []
+    monkeypatch.setattr(hf_calib, "load_calibrated", loaded.append, raising=False)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded.append)
+    monkeypatch.setattr(transformers, "pipeline", lambda task, model=None, **options: loaded.append(model))
+    exec(usage(name, applied), {})
+    assert set(loaded) - {None} == {name}
+
+
+@pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
+def test_a_saved_folder_has_the_card_of_its_model(apply, classifier, calibrator, report, tmp_path):
+    folder = save_calibrated(apply(classifier, calibrator), tmp_path / "mood", report=report)
+    card, applied = (
+        ModelCard.load(folder / "README.md"),
+        "folded" if attached_calibrator(classifier) is None else "attached",
+    )
+    assert usage("mood", applied) in card.text
+    assert report.to_markdown() in card.text
+    assert (folder / "reliability.png").is_file()
+    assert not re.search(str(tmp_path), card.content)

@@ -1,0 +1,333 @@
+"""Collected predictions are the model's own logits, with labels that mean what they say."""
+
+import copy
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tokenizers import processors
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
+
+from hf_calib import attach_calibrator, collect_predictions
+from hf_calib.predictions import Predictions
+
+
+SHUFFLED = ["glad", "sad", "calm"]  # the names of the fixture's ClassLabel, in its order
+
+
+@pytest.fixture
+def collect(classifier, tokenizer, labelled_texts):
+    """`collect_predictions` of the fixtures, whatever else is asked for."""
+
+    def collect(dataset=labelled_texts, model=classifier, **options):
+        return collect_predictions(model, dataset, **{"processing_class": tokenizer, **options})
+
+    return collect
+
+
+def rows(text=("w1 w2", "w3"), label=("sad", "glad"), **columns):
+    return datasets.Dataset.from_dict({"text": list(text), "label": list(label), **columns})
+
+
+def own_logits(model, tokenizer, *texts):
+    """One row at a time, so without padding."""
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(*row, return_tensors="pt")).logits for row in zip(*texts, strict=True)])
+
+
+class Calls:
+    """Counts a model's forward passes and interrupts before the pass of number `stop_at`."""
+
+    def __init__(self, model, stop_at=None):
+        self.count, self.stop_at = 0, stop_at
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, model, args):
+        if self.count == self.stop_at:
+            raise KeyboardInterrupt
+        self.count += 1
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# -- logits
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_logits_are_the_models_own_in_the_order_of_the_rows(
+    batch_size, collect, classifier, tokenizer, labelled_texts
+):
+    found = collect(batch_size=batch_size)
+    assert found.logits.dtype == torch.float32
+    assert len(found) == len(labelled_texts)
+    expected = own_logits(classifier, tokenizer, labelled_texts["text"])
+    torch.testing.assert_close(found.logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.probs, expected.softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sentence_pair_is_read_from_two_columns(collect, classifier, tokenizer, labelled_texts):
+    texts, reversed_texts = labelled_texts["text"][:], labelled_texts["text"][::-1]
+    found = collect(labelled_texts.add_column("other", reversed_texts), text_column=["text", "other"])
+    expected = own_logits(classifier, tokenizer, texts, reversed_texts)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_longer_text_than_the_model_reads_is_cut(collect, classifier):
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig.from_dict({**classifier.config.to_dict(), "model_type": "roberta", "pad_token_id": 1})
+    )
+    dataset = rows(text=["w1 " * 100, "w1 " * 50])
+    for model in (classifier, roberta):  # RoBERTa numbers its positions from pad_token_id + 1
+        assert torch.equal(*collect(dataset, model.eval()).logits)
+
+
+@pytest.mark.parametrize("said", [{}, {"max_position_embeddings": -1}], ids=["T5 says nothing", "XLNet says -1"])
+def test_a_tokenizer_and_a_model_without_limit_cut_nothing(said, collect, classifier, tokenizer):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 44, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    ids = {"eos_token_id": tokenizer.sep_token_id, "pad_token_id": 0, "decoder_start_token_id": 0}
+    config = T5Config(**sizes, **ids, id2label=classifier.config.id2label, **said)
+    model, texts = T5ForSequenceClassification(config).eval(), ["w1 w2 " * 50, "w1 w2 " * 51]
+    expected = own_logits(model, tokenizer, texts)
+    torch.testing.assert_close(collect(rows(text=texts), model).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(*expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_part_of_the_model_is_left_in_its_mode(training, collect, classifier):
+    classifier.train(training).bert.embeddings.eval()
+    before = [module.training for module in classifier.modules()]
+    first, second = collect().logits, collect().logits
+    assert torch.equal(first, second)
+    assert [module.training for module in classifier.modules()] == before
+
+
+def test_an_attached_calibrator_is_suspended(collect, classifier, temperature, tokens):
+    raw = collect().logits
+    attach_calibrator(classifier, temperature)
+    calibrated = classifier(**tokens).logits
+    assert torch.equal(collect().logits, raw)
+    assert torch.equal(classifier(**tokens).logits, calibrated)
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(collect, classifier):
+    expected = collect().logits
+    classifier.config.return_dict = False
+    assert torch.equal(collect().logits, expected)
+
+
+def test_the_default_tokenizer_lies_beside_the_model(collect, classifier, tokenizer, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    alone = BertForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"processing_class: the tokenizer of .* knows special tokens only"):
+        collect(model=alone, processing_class=None)  # transformers makes an empty tokenizer up
+    with pytest.raises(ValueError, match="processing_class: got None and found no tokenizer"):
+        collect(processing_class=None)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(collect(model=alone, processing_class=None).logits, collect().logits)
+
+
+# -- labels
+
+
+def test_class_labels_are_matched_by_name(collect, classifier, labelled_texts):
+    found = collect()
+    assert found.label_names == ["sad", "calm", "glad"]
+    assert [found.label_names[label] for label in found.labels] == [SHUFFLED[i] for i in labelled_texts["label"]]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_the_format_of_the_data_set_changes_nothing(kind, collect, labelled_texts):
+    found, expected = collect(labelled_texts.with_format(kind)), collect()
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    ("label", "label_map", "expected"),
+    [
+        (["glad", "sad"], None, [2, 0]),
+        (["happy", "sad"], {"happy": "glad"}, [2, 0]),
+        ([7, 1], {"7": "glad", "1": "sad"}, [2, 0]),
+    ],
+    ids=["strings", "mapped strings", "mapped integers"],
+)
+def test_labels_of_other_columns(label, label_map, expected, collect):
+    found = collect(rows(label=label), label_map=label_map)
+    assert found.labels.dtype == torch.int64
+    assert found.labels.tolist() == expected
+
+
+def test_integers_are_the_ids_of_a_model_without_names(collect, classifier):
+    classifier.config.id2label = {index: f"LABEL_{index}" for index in range(3)}
+    assert collect(rows(label=[2, 0])).labels.tolist() == [2, 0]
+    assert collect(rows(label=[1, 0]), label_map={"1": "LABEL_2"}).labels.tolist() == [2, 0]
+    with pytest.raises(ValueError, match="the model has no label 3"):
+        collect(rows(label=[3, 0]))
+
+
+def class_labels(values, names):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"text": ["w1"] * len(values), "label": values}, features=features)
+
+
+BOTH_LISTS = r"data set has \[sad, happy\], the model has \[sad, calm, glad\]"
+UNLABELLED = "label: row 1 and 1 more have no label"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (class_labels([0, 1], ["sad", "happy"]), {}, BOTH_LISTS),
+        (class_labels([0, 1], ["sad", "happy"]), {"label_map": {"happy": "jolly"}}, "label_map: got happy=jolly"),
+        (class_labels([0, 1], ["sad", "happy"]), {"label_map": {"merry": "glad"}}, "label_map: got merry=glad"),
+        (rows(label=["sad", "meh"]), {}, r"label: the model has no label 'meh'.*\[meh, sad\].*\[sad, calm, glad\]"),
+        (rows(label=[0, 1]), {}, r"label: the model has no label 0.*\[0, 1\].*\[sad, calm, glad\]"),
+        (class_labels([0, -1, -1], SHUFFLED), {}, UNLABELLED),
+        (class_labels([0, None, None], SHUFFLED), {}, UNLABELLED),
+        (rows(text=["w1"] * 3, label=["sad", None, None]), {}, UNLABELLED),
+        (
+            rows(label=[["sad", "calm"], ["glad"]]),
+            {},
+            "label: got List.*allowed are a ClassLabel, strings or integers",
+        ),
+        (rows(label=[0.0, 1.0]), {}, "label: got Value.*allowed are a ClassLabel, strings or integers"),
+        (rows(), {"text_column": "sentence"}, "no 'sentence'; it has text, label"),
+        (rows(), {"label_column": "target"}, "no 'target'; it has text, label"),
+        (rows(), {"text_column": ["text", "text", "text"]}, "text_column: got 3 columns; allowed are one, or the two"),
+        (rows(), {"text_column": []}, "text_column: got 0 columns"),
+        (rows(text=["w1", None]), {}, "text: row 1 is None; allowed are strings"),
+        (rows(text=[1, 2]), {}, "text: row 0 is 1; allowed are strings"),
+        (rows().select([]), {}, "dataset: got 0 rows"),
+        (datasets.DatasetDict(test=rows()), {}, "dataset: got DatasetDict; allowed is one split"),
+        (rows().to_iterable_dataset(), {}, "dataset: got IterableDataset; allowed is one split"),
+        ([{"text": "w1", "label": "sad"}], {}, "dataset: got list; allowed is one split"),
+        *((rows(), {"batch_size": size}, f"batch_size: got {size}; allowed") for size in (0, -1, 2.0, True)),
+    ],
+)
+def test_wrong_data_is_refused_by_one_line(dataset, options, message, collect):
+    with pytest.raises(ValueError, match=message) as caught:
+        collect(dataset, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_text_without_tokens_is_refused(collect, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.backend_tokenizer.post_processor = processors.Sequence([])  # adds no [CLS] and [SEP]
+    with pytest.raises(ValueError, match="text: row 1 has no tokens"):
+        collect(rows(text=["w1", ""]), processing_class=plain)
+
+
+# -- models
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' with 3 labels"),
+        ({"problem_type": "regression"}, "problem_type='regression'"),
+        ({"id2label": {0: "score"}}, "with 1 labels"),
+    ],
+)
+def test_other_problems_are_refused(changes, message, collect, classifier):
+    for name, value in changes.items():
+        setattr(classifier.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        collect()
+
+
+def test_other_heads_are_refused(collect, classifier):
+    with pytest.raises(ValueError, match="model: got BertForTokenClassification; allowed are"):
+        collect(model=BertForTokenClassification(classifier.config))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_refused(value, collect, classifier):
+    with torch.no_grad():
+        classifier.classifier.bias[1] = value
+    with pytest.raises(ValueError, match="logits: the model returned NaN or infinite values"):
+        collect()
+
+
+# -- in a folder
+
+
+def test_an_interrupted_collection_goes_on_where_it_stopped(collect, classifier, tmp_path):
+    expected = collect(batch_size=4)
+    calls = Calls(classifier, stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        collect(batch_size=4, output_dir=tmp_path)
+    assert calls.count == 3
+    calls.count, calls.stop_at = 0, None
+    found = collect(batch_size=4, output_dir=tmp_path)
+    assert calls.count == 8 - 3
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.labels, expected.labels)
+
+
+def test_a_finished_folder_is_read_back_without_the_model(collect, classifier, tmp_path):
+    first = collect(output_dir=tmp_path / "new" / "folder")
+    calls = Calls(classifier)
+    again = collect(output_dir=tmp_path / "new" / "folder", batch_size=5)
+    assert calls.count == 0
+    assert torch.equal(again.logits, first.logits)
+    assert first.fingerprint() == again.fingerprint() == collect().fingerprint()
+
+
+def test_logits_of_a_folder_are_memory_mapped_and_safe_from_their_user(collect, tmp_path, monkeypatch):
+    modes, load = [], np.load
+    monkeypatch.setattr(
+        np, "load", lambda *args, mmap_mode: modes.append(mmap_mode) or load(*args, mmap_mode=mmap_mode)
+    )
+    found = collect(output_dir=tmp_path)
+    assert modes == ["c"]
+    before = state(tmp_path)
+    found.logits.mul_(2)
+    assert state(tmp_path) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_kept(collect, classifier, labelled_texts, tmp_path):
+    collect(output_dir=tmp_path)
+    before = state(tmp_path)
+
+    def refused(**options):
+        with pytest.raises(ValueError, match=r"output_dir: got .*, which holds something else"):
+            collect(output_dir=tmp_path, **options)
+        return state(tmp_path) == before
+
+    assert refused(dataset=labelled_texts.select(range(29)))
+    assert refused(dataset=labelled_texts.select([1, 0, *range(2, 30)]))
+    with torch.no_grad():
+        classifier.classifier.bias[0] += 1e-3
+    assert refused()
+    (tmp_path / "progress.json").unlink()
+    before.pop("progress.json")
+    assert refused()
+
+
+# -- the fingerprint
+
+
+def test_the_fingerprint_is_of_every_logit_and_label():
+    logits = torch.arange(6.0).reshape(3, 2)
+    one = Predictions(logits, torch.tensor([0, 1, 0]), ["a", "b"])
+    assert one.fingerprint() == "4cce9b1c534811bb"
+    others = [
+        Predictions(logits + torch.eye(3, 2), one.labels, one.label_names),
+        Predictions(logits, torch.tensor([0, 1, 1]), one.label_names),
+        Predictions(logits[[1, 0, 2]], one.labels, one.label_names),
+    ]
+    assert one.fingerprint() not in [other.fingerprint() for other in others]
+    strided = Predictions(logits.T.contiguous().T, one.labels, one.label_names)
+    assert strided.fingerprint() == one.fingerprint()

@@ -1,0 +1,63 @@
+"""A classifier and a tokenizer small enough to be built in memory for every test."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def make_classifier(names: list[str], vocab_size: int) -> BertForSequenceClassification:
+    """A tiny BERT, the same at every call, whose logits differ a lot from row to row."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+        initializer_range=0.5,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A fast tokenizer: a word, a token. Its vocabulary is `SPECIAL` and then the words."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def save_sentiment_classifier(folder, num_numbers: int = 4000) -> None:
+    """A classifier of negative and positive, with its tokenizer, that knows a few words and many numbers."""
+    words = ["good", "fine", "great", "bad", "poor", "awful", *map(str, range(num_numbers))]
+    make_classifier(["negative", "positive"], len(SPECIAL) + len(words)).save_pretrained(folder)
+    make_tokenizer(words).save_pretrained(folder)
+
+
+def mostly_predicted(folder, texts: list[str]) -> list[str]:
+    """Names of labels that the classifier in the folder gets right in three cases of four."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.inference_mode():
+        logits = model(**AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")).logits
+    wrong = torch.arange(len(texts)) % 4 == 0
+    predicted = torch.where(wrong, logits.argsort(-1)[:, -2], logits.argmax(-1))
+    return [model.config.id2label[index] for index in predicted.tolist()]
