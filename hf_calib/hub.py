@@ -27,8 +27,7 @@ from .report import CalibrationReport
 def save_calibrated(
     model: PreTrainedModel, path: str | Path, *, processing_class: Any = None, report: CalibrationReport | None = None
 ) -> Path:
-    """Saves everything that a Hub repo of a calibrated model holds, in one step: all of the folder appears or none of
-    it.
+    """Saves all that a Hub repo of a calibrated model holds; the whole folder appears at once, or none of it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): with a calibrator attached or folded.
@@ -91,8 +90,7 @@ def push_calibrated(
 def load_calibrated(
     path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Loads a text classifier and applies its calibrator exactly once: attached, or known to be in the weights
-    already.
+    """Loads a text classifier and applies its calibrator exactly once: attached, or already in the weights.
 
     Args:
         path_or_repo_id (`str` or `Path`): what `save_calibrated`, `push_calibrated`, or a calibrated model's own

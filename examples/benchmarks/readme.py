@@ -22,7 +22,8 @@ def demo_table() -> str:
     """Before and after on the demo's test rows."""
     record = json.loads((HERE / "results" / "demo.json").read_text())
     report = CalibrationReport.from_dict(record["fit"]["scores"])
-    return f"{report.to_markdown()} Calibrator: {record['type']}, chosen by cross-validation."
+    calibrator = f"Calibrator: {record['type']}, chosen by cross-validation."
+    return f"{report.to_markdown()} {calibrator}\n\n{_made_by('demo', record)}, `{record['command']}`."
 
 
 def speed_table() -> str:
@@ -34,13 +35,14 @@ def speed_table() -> str:
     lines.append([":---", *["---:"] * len(shapes)])
     lines += [[name, *(f"{found[name]:.3g}" for found in shapes.values())] for name in names]
     lines.append(["one pass, in milliseconds", *(f"{found['floor_seconds'] * 1e3:.3g}" for found in shapes.values())])
-    machine, versions = record["machine"], record["versions"]
-    note = (
-        f"Medians of {record['rounds']} interleaved rounds on {machine['threads']} threads; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + "."
-    )
+    note = f"{_made_by('speed', record)}: medians of {record['rounds']} interleaved rounds on "
+    note += f"{record['machine']['threads']} threads."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
+
+
+def _made_by(name: str, record: dict) -> str:
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    return f"Made by [{name}.py](examples/benchmarks/{name}.py) with {versions}"
 
 
 TABLES = {"demo": demo_table, "speed": speed_table}

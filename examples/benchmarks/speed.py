@@ -9,17 +9,15 @@ that a machine that slows down slows all of it down; the medians' ratios are wri
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from environment import environment
 from sklearn.calibration import _TemperatureScaling, calibration_curve
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -91,13 +89,11 @@ def main() -> None:
     for shape in SHAPES:
         shapes["{} x {}".format(*shape)] = found = measure(*shape, options.rounds)
         print(shape, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True)
-    packages = ("hf_calib", "torch", "scikit-learn", "torchmetrics", "numpy")
     record = {
         "what": "median time in floors; a floor is one logsumexp and gather over the logits",
         "rounds": options.rounds,
         "shapes": shapes,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **environment("hf_calib", "torch", "scikit-learn", "torchmetrics", "numpy"),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")

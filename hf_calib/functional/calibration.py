@@ -182,8 +182,7 @@ def events(
     task: str | None = None,
     ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a calibration error is about: probabilities of events and whether these happened, a column per kind of
-    event.
+    """What a calibration error compares: probabilities of events and whether these happened, a column per kind.
 
     Args:
         probs, labels, target, task, ignore_index: as in `expected_calibration_error`.

@@ -1,0 +1,15 @@
+"""Where a result was made: what every result file says of its machine and its versions."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+def environment(*packages: str) -> dict[str, dict[str, str | int | None]]:
+    """The machine, and the versions of Python and of these packages."""
+    return {
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
