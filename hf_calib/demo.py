@@ -44,6 +44,8 @@ FAST = Size(rows_per_class=150, vocab_size=1000, hidden_size=64, epochs=10)
 MAX_TOKENS = 512  # more than any sentence of the data set has: nothing is cut, and the stock pipeline never fails
 EXAMPLES = 3
 PROVEN_ROWS = 64
+# of a score: another batch changes a logit's last digits, which isotonic's steep steps, never folded, magnify
+TOLERANCE = {"folded": 1e-5, "attached": 1e-3}
 
 
 def run_demo(output: Path, *, fast: bool = False, seed: int = 0, method: str = "auto") -> None:
@@ -217,7 +219,7 @@ def prove(
         raise RuntimeError(f"the saved folder does not load: {result.stderr.strip().splitlines()[-1]}")
     rows = [{entry["label"]: entry["score"] for entry in row} for row in json.loads(result.stdout.splitlines()[-1])]
     deviation = float((torch.tensor([[row[name] for name in names] for row in rows]) - expected).abs().max())
-    if deviation > 1e-5:
+    if deviation > TOLERANCE[applied]:
         raise RuntimeError(f"the saved folder's scores miss the calibrated ones by {deviation:.1e}")
     for text, row, before in zip(texts[:EXAMPLES], rows, raw, strict=False):
         label = max(row, key=row.get)

@@ -22,6 +22,8 @@ from .functional.smoothing import NUM_CELLS, grid_position, smooth_error
 
 NUM_BINS = 15
 SAME = 1e-6  # nats: less is rounding
+FEW = 30  # rows: a bootstrap interval over fewer is too narrow to be believed
+MANY = 1e6  # rows: nobody labels more to settle a difference so small
 TITLES = {"accuracy": "Accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "smooth_ece": "Smooth ECE"}
 HIGHEST = {"accuracy": 1.0, "nll": math.inf, "brier": 2.0, "ece": 1.0, "smooth_ece": 1.0}
 
@@ -117,14 +119,15 @@ class CalibrationReport:
         if max(abs(low), abs(high)) < SAME:
             return "Nothing changed: the probabilities are the same before and after."
         interval = f"{abs(gain):.4f} nats (95 % interval of the gain {low:+.4f} to {high:+.4f})"
-        if low > 0:
+        if self.num_rows >= FEW and low > 0:
             return f"The gain is real: NLL falls by {interval}."
-        if high < 0:
+        if self.num_rows >= FEW and high < 0:
             return f"Do not use this calibrator: NLL rises by {interval}."
-        rows = _round_up(self.num_rows * ((high - low) / 2 / gain) ** 2) if gain else None
-        settle = f"about {rows:,} rows would settle it" if rows else "no number of rows like these would settle it"
+        rows = max(FEW, self.num_rows * ((high - low) / 2 / gain) ** 2) if gain else math.inf
+        settle = f"about {_round_up(rows):,} rows" if rows < MANY else "no number of rows like these"
         verb = "falls" if gain > 0 else "rises"
-        return f"{self.num_rows:,} rows are too few to tell: NLL {verb} by {interval}; {settle}."
+        some = "1 row is" if self.num_rows == 1 else f"{self.num_rows:,} rows are"
+        return f"{some} too few to tell: NLL {verb} by {interval}; {settle} would settle it."
 
 
 def evaluate_calibration(

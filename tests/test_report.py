@@ -231,6 +231,21 @@ def test_the_verdict_is_one_sentence(gain, low, high, sentence):
     assert a_change(gain, low, high).verdict() == sentence
 
 
+@pytest.mark.parametrize(("num_rows", "some"), [(1, "1 row is"), (3, "3 rows are"), (29, "29 rows are")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_handful_of_rows_never_tells(num_rows, some, sign):
+    """The bootstrap of one row has an interval without width; of few it is far too narrow."""
+    interval = sorted((0.09 * sign, 0.11 * sign))
+    report = a_change(0.1 * sign, *interval, num_rows=num_rows)
+    assert report.verdict().startswith(f"{some} too few to tell")
+    assert report.verdict().endswith("; about 30 rows would settle it.")
+    assert "too few" not in a_change(0.1 * sign, *interval, num_rows=30).verdict()
+
+
+def test_nobody_is_told_to_label_millions_of_rows():
+    assert a_change(1e-5, -0.01, 0.01).verdict().endswith("no number of rows like these would settle it.")
+
+
 def test_there_is_no_verdict_without_a_before():
     report = evaluate_calibration(*rows_of_events(), num_resamples=5)
     assert report.verdict() == ""

@@ -162,9 +162,13 @@ def _minimise(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
 
 
 def _step(slope: float, curvature: float, third: float) -> float:
-    """Halley's step to where the slope vanishes; NaN, which no bracket holds, where the NLL is not convex in log T."""
+    """Halley's step to where the slope vanishes; NaN, which no bracket holds, where it is no guide.
+
+    Near an inflection, where the NLL stops being convex in log T, it is far shorter than Newton's and means nothing.
+    """
     denominator = 2 * curvature * curvature - slope * third
-    return -2 * slope * curvature / denominator if curvature > 0 and denominator > 0 else math.nan
+    is_guide = curvature > 0 and 0 < denominator <= 4 * curvature * curvature
+    return -2 * slope * curvature / denominator if is_guide else math.nan
 
 
 def _derivatives(

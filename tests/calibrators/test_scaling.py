@@ -68,6 +68,19 @@ def test_no_other_temperature_is_better(rows, classes, dtype, seed):
     assert_optimal(logits, labels, torch.rand(rows, generator=generator) if seed % 2 else None)
 
 
+@pytest.mark.parametrize("unit", [0.05, 1.0, 8.0])
+def test_a_start_near_an_inflection_of_the_nll_is_no_optimum(unit):
+    """Of few rows of two noisy classes, the median margin, where the search starts, may lie at an inflection."""
+    generator = torch.Generator().manual_seed(70)
+    for _ in range(150):
+        sure = torch.rand((), generator=generator).item()
+        truth = torch.randn(50, 2, generator=generator, dtype=torch.float64) * (0.5 + 5 * sure)
+        labels = truth.softmax(-1).multinomial(1, generator=generator)[:, 0]
+        logits = unit * (truth + 0.3 * torch.randn(50, 2, generator=generator, dtype=torch.float64))
+        labels[0] = logits[0].argmin()  # a finite temperature is best
+        assert_optimal(logits, labels)
+
+
 @pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, -1e30, -1e12, -1e9, -1e6, -1e4])
 @pytest.mark.parametrize("rows", [500, 5000])
 def test_masked_classes_have_no_influence(rows, mask):
