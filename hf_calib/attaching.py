@@ -76,9 +76,15 @@ def mark_folded(model: nn.Module, calibrator: Calibrator) -> None:
 
 
 def forget_folded(model: nn.Module) -> None:
-    """Undoes `mark_folded`."""
+    """Undoes `mark_folded`; of a model that plain transformers loaded, only the config remembers."""
     delattr(model.config, FOLDED_KEY)
-    del model._hf_calib_folded, model.save_pretrained
+    if folded_calibrator(model) is not None:
+        del model._hf_calib_folded, model.save_pretrained
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether these weights hold a calibrator, known or not."""
+    return getattr(model.config, FOLDED_KEY, None) is not None
 
 
 def folded_calibrator(model: nn.Module) -> Calibrator | None:
@@ -118,12 +124,21 @@ def check_can_calibrate(model: nn.Module, calibrator: Calibrator) -> None:
         raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; call fit first")
     if any(isinstance(module, _Attached) for module in model.modules()):  # PEFT wraps models that may have one
         raise ValueError("model: a calibrator is attached to it already; detach_calibrator(model) first")
-    if getattr(model.config, FOLDED_KEY, None):
-        raise ValueError("model: a calibrator is folded into its weights already; unfold_calibrator(model) first")
+    check_not_folded(model)
     problem = getattr(model.config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(f"model: got problem_type={problem!r}; allowed is single-label classification")
     check_same_labels(model, calibrator)
+
+
+def check_not_folded(model: nn.Module) -> None:
+    """Raises a ValueError where the model's own weights hold a calibrator; it says how to get rid of it."""
+    if not is_folded(model):
+        return
+    remedy = "unfold_calibrator(model) first"
+    if folded_calibrator(model) is None:
+        remedy = f"load it by load_calibrated or, if its calibrator.json is lost, delete {FOLDED_KEY} from config.json"
+    raise ValueError(f"model: a calibrator is folded into its weights already; {remedy}")
 
 
 def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .report import CalibrationReport, evaluate_calibration
 
 
 METHODS = ("auto", *CALIBRATORS)
+FEWEST_ROWS = 10  # so that every fold of a fold has some
 
 
 class Calibration(NamedTuple):
@@ -36,19 +38,19 @@ def calibrate_predictions(
     Returns:
         [`Calibration`]: the calibrator fitted on all of `predictions`, and the report.
     Raises:
-        ValueError: an unknown method, or as `Calibrator.fit`.
+        ValueError: an unknown method, fewer than 10 rows, labels of one class only, `test` has the rows of the fit, or
+            as `Calibrator.fit`.
+    Warns:
+        UserWarning: a class is missing: nothing can be learnt of it.
     """
     check_method(method)
+    _check_rows(predictions, test)
 
     def fit(logits: torch.Tensor, labels: torch.Tensor) -> Calibrator:
         if method == "auto":
             return select_calibrator(logits, labels, seed=seed)
         return make_calibrator(method).fit(logits, labels)
 
-    if test is not None and test.label_names != predictions.label_names:
-        raise ValueError(
-            f"test: got labels {test.label_names}; allowed are {predictions.label_names}, as in predictions"
-        )
     calibrator = fit(predictions.logits, predictions.labels)
     calibrator.label_names = predictions.label_names
     calibrator.provenance["fingerprint"] = predictions.fingerprint()
@@ -57,11 +59,26 @@ def calibrate_predictions(
         rows, how = predictions, "those of the fit, each calibrated by a fit on the others (cross-fitting)"
     else:
         log_probs = calibrator.log_probs(test.logits)
-        rows, how = test, "a test split that neither training nor fitting has seen"
+        rows, how = test, "other rows than those of the fit"
     report = evaluate_calibration(log_probs.exp(), rows.labels, before=rows.probs, seed=seed)
     calibrator.provenance["report_rows"] = how
     calibrator.provenance["scores"] = report.to_dict()
     return Calibration(calibrator, report)
+
+
+def _check_rows(predictions: Predictions, test: Predictions | None) -> None:
+    names = predictions.label_names
+    if test is not None and test.label_names != names:
+        raise ValueError(f"test: got labels {test.label_names}; allowed are {names}, as in predictions")
+    if test is not None and test.fingerprint() == predictions.fingerprint():
+        raise ValueError("test: got the rows of predictions; allowed are other ones, or None for cross-fitting")
+    if len(predictions) < FEWEST_ROWS:
+        raise ValueError(f"predictions: got {len(predictions)} rows; allowed are {FEWEST_ROWS} and more")
+    missing = [name for index, name in enumerate(names) if not (predictions.labels == index).any()]
+    if len(missing) >= len(names) - 1:
+        raise ValueError(f"predictions: no label is {' or '.join(missing)}; allowed are rows of two classes or more")
+    if missing:
+        warnings.warn(f"no label is {' or '.join(missing)}: nothing can be learnt of what is missing", stacklevel=3)
 
 
 def check_method(method: str) -> None:

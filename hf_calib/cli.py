@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,23 +14,24 @@ import typer
 
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Calibration for Hugging Face models: when it says 0.9, it should be right nine times in ten.",
 )  # fmt: skip
 
 # typer brings its own copy of click in newer releases and click itself in older ones; this is the right one's
 UsageError = typer.BadParameter.__base__
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # of data sets, by file
 INTERRUPTED = 130  # newer releases of typer return it where older ones raise Abort
 
 Model = Annotated[str, typer.Option(help="A Hub id or a folder: a sequence classifier.")]
-Data = Annotated[str, typer.Option(help="A Hub id, a folder, or a .jsonl, .csv or .parquet file.")]
+Data = Annotated[str, typer.Option(help="A Hub id, a folder, or a .jsonl, .json, .csv or .parquet file.")]
 Config = Annotated[str | None, typer.Option(help="The configuration of a Hub data set that has several.")]
 Text = Annotated[list[str], typer.Option(help="The column with the text; twice for a sentence pair.")]
 Label = Annotated[str, typer.Option(help="The column with the label.")]
 Map = Annotated[list[str], typer.Option(help="DATASET_LABEL=MODEL_LABEL, once for each name that differs.")]
 Method = Annotated[str, typer.Option(help="auto chooses by cross-validated NLL; or identity, temperature, isotonic.")]
 Batch = Annotated[int, typer.Option(help="Rows that run together.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same numbers.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same numbers.")]
 
 
 @app.command()
@@ -54,7 +55,10 @@ def fit(
     dataset: Data,
     output: Annotated[Path, typer.Option(help="A new folder for the calibrated model.")],
     split: Annotated[str, typer.Option(help="Rows that training has not seen.")] = "validation",
-    test_split: Annotated[str | None, typer.Option(help="Other rows for the table; cross-fitting without.")] = None,
+    test_split: Annotated[
+        str | None, typer.Option(help="Other rows for the table, which is cross-fitted without.")
+    ] = None,
+    test_dataset: Annotated[str | None, typer.Option(help="Where these are, if not in --dataset.")] = None,
     dataset_config: Config = None,
     text_column: Text = ["text"],  # noqa: B006  (typer reads the default, nothing changes it)
     label_column: Label = "label",
@@ -66,38 +70,48 @@ def fit(
     """Calibrate a text classifier and save it as a folder that is ready for the Hub."""
     from rich.console import Console
 
+    from .attaching import check_not_folded
     from .calibrate import calibrate_predictions, check_method
     from .console import print_report, print_selection
     from .folding import apply_calibrator, remove_calibrator
-    from .hub import check_new_folder, save_calibrated
+    from .hub import check_new_folder, is_stock, save_calibrated
     from .model_card import usage
     from .predictions import collect_predictions
 
     check_method(method)
     check_new_folder("output", output)
+    sources = [(dataset, split)]
+    if test_dataset or test_split:
+        sources.append((test_dataset or dataset, test_split or "test"))
+        _check_apart(*sources)
     columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
-    classifier, tokenizer = _load_model(model)
-    remove_calibrator(classifier)  # of an earlier fit
-    splits = [split] if test_split is None else [split, test_split]
-    rows = [_load_data(dataset, dataset_config, name) for name in splits]
-    predictions = [
-        collect_predictions(classifier, part, processing_class=tokenizer, batch_size=batch_size, **columns)
-        for part in rows
-    ]
+    with _bars_on_a_terminal():
+        classifier, tokenizer = _load_model(model)
+        check_not_folded(remove_calibrator(classifier))  # of an earlier fit
+        rows = [_load_data(name, dataset_config, part) for name, part in sources]
+        predictions = [
+            collect_predictions(classifier, part, processing_class=tokenizer, batch_size=batch_size, **columns)
+            for part in rows
+        ]
     calibrator, report = calibrate_predictions(predictions[0], method=method, test=(*predictions, None)[1], seed=seed)
-    calibrator.provenance |= {"model": model, "dataset": dataset, "split": split, "report_split": splits[-1]}
+    calibrator.provenance |= {"model": _public(model), **_origin(*sources[0], "")}
+    calibrator.provenance |= _origin(*sources[-1], "report_")
     console = Console()
     print_selection(calibrator, console)
     print_report(report, console)
+    console.print(f"The table's rows: {calibrator.provenance['report_rows']}.", markup=False, highlight=False)
     applied = apply_calibrator(classifier, calibrator)
-    save_calibrated(classifier, output, processing_class=tokenizer, report=report)
-    console.print(f"Saved {output}, calibrator {applied}. To use it:", highlight=False)
-    console.print(usage(str(output), applied), markup=False, soft_wrap=True)
+    with _bars_on_a_terminal():
+        save_calibrated(classifier, output, processing_class=tokenizer, report=report)
+    console.print(f"Saved {output}, calibrator {applied}. To use it:", markup=False, highlight=False)
+    console.print(usage(str(output), applied, is_stock(classifier)), markup=False, soft_wrap=True)
 
 
 @app.command()
 def evaluate(
-    predictions: Annotated[Path | None, typer.Argument(help="A file of probabilities and labels.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Argument(help="A .parquet, .csv, .jsonl or .npz file of probabilities and labels.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="In place of a file: a Hub id or a folder.")] = None,
     dataset: Annotated[str | None, typer.Option(help="With --model: a Hub id, a folder or a file.")] = None,
     split: Annotated[str, typer.Option(help="Rows that neither training nor fitting has seen.")] = "test",
@@ -113,7 +127,7 @@ def evaluate(
     """Print accuracy, NLL, Brier, ECE and smooth ECE with intervals; changes nothing."""
     from rich.console import Console
 
-    from .attaching import attached_calibrator
+    from .attaching import attached_calibrator, folded_calibrator
     from .console import print_report
     from .prediction_files import read_predictions
     from .predictions import collect_predictions
@@ -125,16 +139,17 @@ def evaluate(
     if predictions is not None:
         probs, labels = read_predictions(predictions, probs_column=probs_column, label_column=label_column)
     else:
-        classifier, tokenizer = _load_model(model)
         columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
-        rows = _load_data(dataset, dataset_config, split)
-        found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
-        probs, labels, calibrator = found.probs, found.labels, attached_calibrator(classifier)
-        if calibrator is not None:
+        with _bars_on_a_terminal():
+            classifier, tokenizer = _load_model(model)
+            rows = _load_data(dataset, dataset_config, split)
+            found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
+        probs, labels = found.probs, found.labels
+        if (calibrator := attached_calibrator(classifier) or folded_calibrator(classifier)) is not None:
             probs, before = calibrator.log_probs(found.logits).exp(), probs
     report = evaluate_calibration(probs, labels, before=before, seed=seed)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps({**report.to_dict(), "verdict": report.verdict()}, indent=2))
     else:
         print_report(report, Console())
 
@@ -144,7 +159,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            code = app(standalone_mode=False)
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
         code = _fail(error.format_message())
     except (ValueError, OSError, ImportError) as error:
@@ -152,7 +167,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _fail("interrupted; nothing was saved")
+        _fail("interrupted; no half-written folder is left")
     sys.exit(code)
 
 
@@ -161,7 +176,7 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"hf-calib: {message.strip().splitlines()[0]}", file=sys.stderr)
+    print(f"hf-calib: {(message.strip().splitlines() or ['stopped'])[0]}", file=sys.stderr)
     return 2
 
 
@@ -172,25 +187,67 @@ def _pairs(entries: list[str]) -> dict[str, str]:
     return dict(entry.split("=") for entry in entries)
 
 
+def _check_apart(fitting: tuple[str, str], test: tuple[str, str]) -> None:
+    """Raises a ValueError where the table would be of the rows of the fit; a file serves any split."""
+    if fitting == test or (fitting[0] == test[0] and Path(test[0]).is_file()):
+        raise ValueError(
+            f"test_split: got {test[1]!r} of {test[0]}, the rows of the fit; allowed are another split, or "
+            "--test-dataset"
+        )
+
+
+def _public(name: str) -> str:
+    """A Hub id, or the last part of a path: where it lies on this machine is nobody's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _origin(dataset: str, split: str, prefix: str) -> dict[str, str]:
+    """What calibrator.json says of rows; a file has no splits."""
+    name = {f"{prefix}dataset": _public(dataset)}
+    return name if Path(dataset).is_file() else {**name, f"{prefix}split": split}
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """In a file or a pipe, bars are debris."""
+    from .console import no_bars
+
+    with nullcontext() if sys.stderr.isatty() else no_bars():
+        yield
+
+
 @contextmanager
 def _naming(argument: str, value: str) -> Iterator[None]:
-    """The libraries' own messages do not say which argument was wrong."""
+    """The libraries' own messages do not say which argument was wrong, and their builders raise anything."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{argument}:"):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{argument}: cannot load {value!r}: {reason}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{argument}: cannot load {value!r}: {lines[0]}") from error
+
+
+def _check_exists(argument: str, name: str) -> None:
+    """Raises a ValueError for what can only be a path and leads nowhere: asking the Hub for it takes a minute."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
+    if not name or (is_path and not Path(name).exists()):
+        raise ValueError(f"{argument}: got {name!r}, where nothing is; allowed are a Hub id, a folder or a file")
 
 
 def _load_model(model: str) -> tuple[Any, Any]:
     """The classifier, calibrated if it was saved so, and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from .hub import load_calibrated
+    from .hub import check_head, load_calibrated
 
+    _check_exists("model", model)
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model: {model} holds adapters; allowed are whole models: merge_and_unload() and save it first"
+        )
     with _naming("model", model):
+        check_head("model", AutoConfig.from_pretrained(model))
         try:
             classifier = load_calibrated(model)
         except FileNotFoundError:
@@ -199,17 +256,27 @@ def _load_model(model: str) -> tuple[Any, Any]:
 
 
 def _load_data(dataset: str, config: str | None, split: str) -> Any:
-    """One split of a Hub data set, of a folder, or of a file, whose one split has whatever name is asked for."""
+    """One split of a Hub data set, a folder, or a file, which has but one."""
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
-    builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     path = Path(dataset)
-    if path.is_file() and path.suffix not in builders:
-        raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(builders)}")
+    _check_exists("dataset", dataset)
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(BUILDERS)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one")
     with _naming("dataset", dataset):
-        if path.is_file():
-            return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
-        return datasets.load_dataset(dataset, config, split=split)
+        try:
+            if path.is_file():
+                return datasets.load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, split=split)
+            return datasets.load_dataset(dataset, config, split=split)
+        except DatasetGenerationError as error:  # whose own message says nothing
+            raise (error.__cause__ or error) from None
+        except ValueError as error:
+            if "corresponds to no data" in str(error):
+                raise ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one") from error
+            raise
 
 
 if __name__ == "__main__":

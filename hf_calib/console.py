@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +34,37 @@ def print_selection(calibrator: Calibrator, console: Console) -> None:
             highlight=False,
         )
     console.print(f"   Fitted {calibrator} on {calibrator.provenance['rows']:,} rows", markup=False, highlight=False)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the libraries' own progress bars."""
+    import datasets
+    from transformers.utils import logging
+
+    bars, hidden = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def no_notices() -> Iterator[None]:
+    """Without what transformers logs below an error."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _escape(cell: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 
 from .calibrate import calibrate_predictions, check_method
-from .console import print_report, print_selection
+from .console import no_bars, no_notices, print_report, print_selection
 from .docstrings import docstring_dataset
 from .folding import apply_calibrator
 from .hub import check_new_folder, save_calibrated
@@ -41,6 +39,7 @@ class Size(NamedTuple):
 
 FULL = Size(rows_per_class=1500, vocab_size=4000, hidden_size=128, epochs=6)
 FAST = Size(rows_per_class=150, vocab_size=1000, hidden_size=64, epochs=10)
+DATASET = "docstring sentences of installed libraries"
 MAX_TOKENS = 512  # more than any sentence of the data set has: nothing is cut, and the stock pipeline never fails
 EXAMPLES = 3
 PROVEN_ROWS = 64
@@ -63,7 +62,7 @@ def run_demo(output: Path, *, fast: bool = False, seed: int = 0, method: str = "
     check_method(method)
     check_new_folder("output", output)
     size, console = FAST if fast else FULL, Console()
-    with _quiet():
+    with no_bars(), no_notices():  # each step has its line here
         console.print("[bold]1. Data:[/] which library is this docstring sentence from?")
         data = docstring_dataset(rows_per_class=size.rows_per_class, seed=seed)
         console.print("   " + ", ".join(f"{len(split):,} {name}" for name, split in data.items()) + " rows")
@@ -77,7 +76,7 @@ def run_demo(output: Path, *, fast: bool = False, seed: int = 0, method: str = "
             collect_predictions(model, data[name], processing_class=tokenizer) for name in ("calibration", "test")
         )
         calibrator, report = calibrate_predictions(fitting, method=method, test=test, seed=seed)
-        calibrator.provenance |= {"dataset": "docstring sentences of installed libraries", "split": "calibration"}
+        calibrator.provenance |= {"dataset": DATASET, "split": "calibration", "report_split": "test"}
         print_selection(calibrator, console)
 
         console.print(f"[bold]4. Before and after[/] on {len(test):,} test rows")
@@ -211,7 +210,7 @@ def prove(
     Raises:
         RuntimeError: the scores of the saved folder are not the calibrated ones.
     """
-    code = usage(str(folder.resolve()), applied)
+    code = usage(str(folder.resolve()), applied, stock=False)
     scores = "import json, sys\nprint(json.dumps(classifier(json.load(sys.stdin), top_k=None)))"
     command = [sys.executable, "-c", f"{code}\n{scores}"]
     result = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
@@ -229,31 +228,9 @@ def prove(
     console.print(
         f"   All {len(texts)} x {len(names)} scores are the calibrated ones, to {deviation:.0e}. The lines it ran:"
     )
-    lines = "\n".join("     " + line for line in usage(str(folder), applied).splitlines())
+    lines = "\n".join("     " + line for line in usage(str(folder), applied, stock=False).splitlines())
     console.print(lines, markup=False, soft_wrap=True)
 
 
 def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own bars and notices: each step has its line here."""
-    logging = transformers.utils.logging
-    verbosity, bars, hidden = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        datasets.are_progress_bars_disabled(),
-    )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-        if not hidden:
-            datasets.enable_progress_bars()

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from .attaching import (
     FOLDED_KEY,
@@ -21,7 +21,11 @@ from .attaching import (
 )
 from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
 from .model_card import write_model_card
+from .models import CalibTransformerConfig
 from .report import CalibrationReport
+
+
+HEAD = "ForSequenceClassification"
 
 
 def save_calibrated(
@@ -37,10 +41,10 @@ def save_calibrated(
     Returns:
         the folder.
     Raises:
-        ValueError: no calibrator is attached or folded.
+        ValueError: no calibrator is attached or folded, or `load_calibrated` could not load it again.
         FileExistsError: the folder holds something; nothing is overwritten.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     check_calibrated(model)
     check_new_folder("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +112,8 @@ def load_calibrated(
     folder = calibrator_folder(path_or_repo_id, revision=revision, token=token)
     record, calibrator = read_record(folder), load_calibrator(folder)
     hub = {"revision": revision, "token": token}
-    config = AutoConfig.from_pretrained(path_or_repo_id, **hub)
-    architecture = (config.architectures or [""])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(
-            f"{path_or_repo_id}: got a {architecture or 'model'}; allowed are ...ForSequenceClassification"
-        )
+    code = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    check_head(str(path_or_repo_id), AutoConfig.from_pretrained(path_or_repo_id, **hub, **code))
     model = AutoModelForSequenceClassification.from_pretrained(path_or_repo_id, **hub, **options)
     saved, present = record.get("weights"), weights_sha256(folder)
     if None not in (saved, present) and saved != present:
@@ -138,19 +138,37 @@ def load_calibrated(
     )
 
 
+def check_head(name: str, config: PreTrainedConfig) -> None:
+    """Raises a ValueError unless a checkpoint has a sequence classification head; transformers would make one up."""
+    architecture = (config.architectures or ["model without a head"])[0]
+    if not architecture.endswith(HEAD):
+        raise ValueError(
+            f"{name}: got a {architecture}; allowed are ...{HEAD}. On any other, attach_calibrator(model, "
+            "AutoCalibrator.from_pretrained(path))"
+        )
+
+
 def check_calibrated(model: PreTrainedModel) -> None:
     """Raises a ValueError unless it is a model that can be loaded again, with a calibrator attached or folded."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"model: got {type(model).__name__}; allowed are transformers models. Adapters are merged first: "
-            "attach_calibrator(model.merge_and_unload(), calibrator)"
+            f"model: got {type(model).__name__}; allowed are transformers models without adapters. They are merged "
+            "first: attach_calibrator(model.merge_and_unload(), calibrator)"
+        )
+    if not type(model).__name__.endswith(HEAD):
+        raise ValueError(
+            f"model: got {type(model).__name__}; allowed are ...{HEAD}. Any other saves its calibrator by its own "
+            "save_pretrained"
         )
     if attached_calibrator(model) is None and folded_calibrator(model) is None:
         raise ValueError("model: no calibrator is attached or folded; attach_calibrator or fold_calibrator first")
 
 
 def check_new_folder(name: str, path: Path) -> None:
-    """Raises a FileExistsError naming the argument if something would be overwritten."""
+    """Raises a FileExistsError naming the argument if something would be overwritten or is in the way."""
+    for parent in path.parents:
+        if parent.is_file():
+            raise FileExistsError(f"{name}: {parent} is a file; allowed are a new folder or an empty one")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(f"{name}: {path} exists already; allowed are a new folder or an empty one")
 
@@ -164,5 +182,15 @@ def _write(
     calibrator = attached_calibrator(model)
     applied = "folded" if calibrator is None else "attached"
     write_model_card(
-        folder, name=name, calibrator=calibrator or folded_calibrator(model), applied=applied, report=report
+        folder,
+        name=name,
+        calibrator=calibrator or folded_calibrator(model),
+        applied=applied,
+        report=report,
+        stock=is_stock(model),
     )
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Whether plain transformers knows the architecture, so that a folded model needs nothing else."""
+    return model.config.model_type != CalibTransformerConfig.model_type

@@ -14,10 +14,11 @@ from .report import TITLES, CalibrationReport
 CARD_NAME = "README.md"
 DIAGRAM_NAME = "reliability.png"
 DIAGRAM_DPI = 150
+IMPORT = "import hf_calib\n"
 
 
 def write_model_card(
-    folder: Path, *, name: str, calibrator: Calibrator, applied: str, report: CalibrationReport | None
+    folder: Path, *, name: str, calibrator: Calibrator, applied: str, report: CalibrationReport | None, stock: bool
 ) -> None:
     """Writes `README.md`, and `reliability.png` where there is a report and matplotlib, into a model's folder.
 
@@ -27,6 +28,7 @@ def write_model_card(
         calibrator ([`Calibrator`]): its `provenance` says what it was fitted on.
         applied (`"folded"` or `"attached"`): which decides how the card says to load the model.
         report ([`CalibrationReport`], *optional*): the numbers.
+        stock (`bool`): transformers knows the architecture without this library.
     """
     from huggingface_hub import ModelCard
 
@@ -36,7 +38,7 @@ def write_model_card(
         f"# {name}",
         _introduction(calibrator, applied),
         _results(report, diagram),
-        f"## How to use it\n\n```python\n{usage(name, applied)}\n```",
+        f"## How to use it\n\n```python\n{usage(name, applied, stock)}\n```",
         _fit(calibrator),
     ]
     ModelCard("\n\n".join(part for part in parts if part) + "\n").save(folder / CARD_NAME)
@@ -53,16 +55,16 @@ def write_diagram(path: Path, report: CalibrationReport) -> bool:
     return True
 
 
-def usage(name: str, applied: str) -> str:
+def usage(name: str, applied: str, stock: bool) -> str:
     """The lines of Python that load the model, calibrated, and run a stock pipeline on it."""
     name = json.dumps(name, ensure_ascii=False)  # quoted: a path on Windows holds backslashes
     if applied == "folded":
         return (
-            "import hf_calib\nfrom transformers import pipeline\n\n"
+            f"{'' if stock else IMPORT}from transformers import pipeline\n\n"
             f'classifier = pipeline("text-classification", model={name})'
         )
     return (
-        "import hf_calib\nfrom transformers import AutoTokenizer, pipeline\n\n"
+        f"{IMPORT}from transformers import AutoTokenizer, pipeline\n\n"
         f"model, tokenizer = hf_calib.load_calibrated({name}), AutoTokenizer.from_pretrained({name})\n"
         'classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)'
     )
@@ -74,10 +76,11 @@ def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | Non
     results = None
     if report is not None:
         data = calibrator.provenance
+        dataset = data.get("report_dataset", data.get("dataset", "unknown"))
         shared: dict[str, Any] = {
             "task_type": "text-classification",
-            "dataset_type": str(data.get("dataset", "unknown")),
-            "dataset_name": str(data.get("dataset", "unknown")),
+            "dataset_type": dataset,
+            "dataset_name": dataset,
             "dataset_split": data.get("report_split"),
         }
         results = [
@@ -85,6 +88,7 @@ def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | Non
             for key, estimate in report.after.items()
         ]
     card = ModelCardData(
+        base_model=_hub_id(calibrator.provenance.get("model", "")),
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["calibration", "hf_calib"],
@@ -92,6 +96,11 @@ def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | Non
         eval_results=results,
     )
     return card.to_yaml()
+
+
+def _hub_id(name: str) -> str | None:
+    """What the card may link to; a folder's name leads nowhere."""
+    return name if "/" in name else None
 
 
 def _introduction(calibrator: Calibrator, applied: str) -> str:

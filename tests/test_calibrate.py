@@ -1,6 +1,7 @@
 """The whole job: a calibrator, and a report on rows that its fit has not seen."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_with_a_test_set_the_report_is_on_its_rows(rows):
     assert report.num_rows == 400
     assert abs(calibrator.temperature - T) < 0.3
     assert report.change["nll"].high < 0
-    assert calibrator.provenance["report_rows"].startswith("a test split")
+    assert calibrator.provenance["report_rows"] == "other rows than those of the fit"
 
 
 def test_without_one_every_row_is_calibrated_by_a_fit_on_others(rows):
@@ -75,8 +76,36 @@ def test_what_cannot_be_done_is_refused(rows):
         calibrate_predictions(rows, method="platt")
     with pytest.raises(ValueError, match=r"test: got labels \['calm', 'sad', 'glad'\]; allowed are \['sad', 'calm'"):
         calibrate_predictions(rows, test=overconfident(50, 1, ["calm", "sad", "glad"]))
-    with pytest.raises(ValueError, match="num_folds: got 5 for 3 rows"):
-        calibrate_predictions(Predictions(rows.logits[:3], rows.labels[:3], NAMES), method="isotonic")
+    with pytest.raises(ValueError, match="test: got the rows of predictions; allowed are other ones"):
+        calibrate_predictions(rows, test=overconfident(600, seed=0))
+    with pytest.raises(ValueError, match="predictions: got 9 rows; allowed are 10 and more"):
+        calibrate_predictions(Predictions(rows.logits[:9], rows.labels[:9], NAMES), method="isotonic")
+
+
+def only(rows, classes):
+    kept = torch.isin(rows.labels, torch.tensor(classes))
+    return Predictions(rows.logits[kept], rows.labels[kept], NAMES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_one_class_are_refused(method, rows):
+    """Isotonic would learn that it always happens, and every held-out row of that class would agree."""
+    with pytest.raises(ValueError, match="predictions: no label is sad or calm; allowed are rows of two classes"):
+        calibrate_predictions(only(rows, [2]), method=method)
+
+
+def test_a_missing_class_is_named(rows):
+    with pytest.warns(UserWarning, match="no label is calm"):
+        calibrate_predictions(only(rows, [0, 2]), method="temperature")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fewest_rows_are_enough_for_every_method(method, rows):
+    few = Predictions(rows.logits[:10], rows.labels[:10], NAMES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verdict = calibrate_predictions(few, method=method).report.verdict()
+    assert verdict.startswith(("10 rows are too few", "Nothing changed"))
 
 
 def test_auto_takes_what_suits_the_rows(rows):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, pipeline
 
 import hf_calib
 from hf_calib.cli import main
@@ -36,6 +36,15 @@ def place(tmp_path, monkeypatch):
     rows.map(lambda row: {"label": row["label"].upper()}).to_json("shouting.jsonl")
     features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES)})
     Dataset.from_dict({"text": texts, "label": [-1] * 60}, features=features).to_parquet("unlabelled.parquet")
+    rows.select(range(4)).to_csv("few.csv")
+    rows.filter(lambda row: row["label"] == "negative").to_csv("one.csv")
+    (tmp_path / "zero.csv").touch()
+    (tmp_path / "zero.jsonl").touch()
+    (tmp_path / "ragged.csv").write_text("text,label\ngood,positive\nbad,negative,and,more\n")
+    (tmp_path / "malformed.jsonl").write_text('{"text": "good", "label": "positive"}\n{"text": \n')
+    for folder, kind in (("headless", BertModel), ("tokens", BertForTokenClassification)):
+        shutil.copytree("model", folder)
+        kind.from_pretrained("model").save_pretrained(folder)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("mine")
     return tmp_path
@@ -58,13 +67,13 @@ def test_fit_saves_a_folder_that_scores_as_it_says(data, place, monkeypatch, cap
     rows = hf_calib.collect_predictions(
         AutoModelForSequenceClassification.from_pretrained("model"), Dataset.from_json("rows.jsonl")
     )
-    calibrator = hf_calib.AutoCalibrator.from_pretrained("made")
-    found = hf_calib.collect_predictions(
-        AutoModelForSequenceClassification.from_pretrained("made"), Dataset.from_json("rows.jsonl")
-    )
-    torch.testing.assert_close(found.probs, calibrator.log_probs(rows.logits).exp(), atol=1e-6, rtol=0)
+    wanted = hf_calib.AutoCalibrator.from_pretrained("made").log_probs(rows.logits).exp()
+    found = pipeline("text-classification", model="made")(Dataset.from_json("rows.jsonl")["text"][:], top_k=None)
+    scores = [[{entry["label"]: entry["score"] for entry in row}[name] for name in NAMES] for row in found]
+    torch.testing.assert_close(torch.tensor(scores), wanted, atol=1e-6, rtol=0)
     fit = json.loads((place / "made" / "calibrator.json").read_text())["fit"]
-    assert (fit["model"], fit["dataset"], fit["split"], fit["rows"]) == ("model", data, "validation", 60)
+    assert (fit["model"], fit["dataset"], fit["rows"]) == ("model", data, 60)
+    assert "split" not in fit
 
 
 def test_a_calibrated_model_can_be_calibrated_again(place, monkeypatch, capsys):
@@ -93,11 +102,21 @@ def test_evaluate_changes_nothing_and_prints_what_the_function_says(place, monke
     rows = hf_calib.collect_predictions(
         AutoModelForSequenceClassification.from_pretrained("model"), Dataset.from_json("rows.jsonl")
     )
-    assert shown == hf_calib.evaluate_calibration(rows.probs, rows.labels).to_dict()
+    assert shown == {**hf_calib.evaluate_calibration(rows.probs, rows.labels).to_dict(), "verdict": ""}
 
 
-def test_evaluate_of_an_attached_model_shows_before_and_after(place, monkeypatch, capsys):
-    run(monkeypatch, "fit --model model --dataset rows.csv --output made --method isotonic")
+def test_the_table_can_be_of_other_rows(place, monkeypatch, capsys):
+    Dataset.from_json("rows.jsonl").select(range(20, 60)).to_json("others.jsonl")
+    line = "fit --model model --dataset rows.jsonl --test-dataset others.jsonl --output made --method temperature"
+    assert run(monkeypatch, line) == 0
+    assert "40 rows; in brackets" in (shown := capsys.readouterr().out)
+    assert "The table's rows: other rows than those of the fit." in shown
+    assert "type: others.jsonl" in (place / "made" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["isotonic", "temperature"])
+def test_evaluate_of_a_calibrated_model_shows_before_and_after(method, place, monkeypatch, capsys):
+    run(monkeypatch, f"fit --model model --dataset rows.csv --output made --method {method}")
     capsys.readouterr()
     assert run(monkeypatch, "evaluate --model made --dataset rows.csv --json") == 0
     assert set(json.loads(capsys.readouterr().out)) >= {"before", "after", "change"}
@@ -126,8 +145,22 @@ FIT = "fit --model model --dataset rows.jsonl --output made"
         ("fit --model model --dataset shouting.jsonl --output made", ["NEGATIVE", "[negative, positive]"]),
         (f"{FIT} --label-map nonsense", ["label_map", "nonsense"]),
         (f"{FIT} --label-map up=down", ["label_map", "up=down", "negative, positive"]),
-        ("fit --model model --dataset empty.parquet --output made", ["dataset", "empty.parquet", "no data"]),
+        ("fit --model model --dataset empty.parquet --output made", ["dataset", "empty.parquet", "0 rows"]),
         ("fit --model model --dataset unlabelled.parquet --output made", ["label", "no label"]),
+        ("fit --model model --dataset zero.csv --output made", ["dataset", "zero.csv", "0 rows"]),
+        ("fit --model model --dataset zero.jsonl --output made", ["dataset", "zero.jsonl", "0 rows"]),
+        ("fit --model model --dataset ragged.csv --output made", ["dataset", "ragged.csv", "fields"]),
+        ("fit --model model --dataset malformed.jsonl --output made", ["dataset", "malformed.jsonl", "JSON"]),
+        ("fit --model model --dataset few.csv --output made", ["got 4 rows", "10 and more"]),
+        ("fit --model model --dataset one.csv --output made", ["no label is positive", "two classes"]),
+        (f"{FIT} --test-split test", ["test_split", "rows of the fit", "--test-dataset"]),
+        (f"{FIT} --test-dataset rows.csv", ["test", "rows of predictions"]),
+        ("fit --model headless --dataset rows.jsonl --output made", ["model", "BertModel", "ForSequenceClass"]),
+        ("fit --model tokens --dataset rows.jsonl --output made", ["model", "BertForTokenClassification"]),
+        ("fit --model taken/none --dataset rows.jsonl --output made", ["model", "taken/none"]),
+        ("fit --model ./none --dataset rows.jsonl --output made", ["model", "./none", "where nothing is"]),
+        ("fit --model model --dataset rows.jsonl --output rows.csv/made", ["output", "rows.csv is a file"]),
+        (f"{FIT} --seed -1", ["--seed", "greater than or equal to 0"]),
         ("fit --model broken --dataset rows.jsonl --output made", ["logits", "NaN"]),
         ("fit --model nowhere --dataset rows.jsonl --output made", ["model", "nowhere"]),
         ("fit --model model --dataset nowhere.jsonl --output made", ["nowhere.jsonl"]),

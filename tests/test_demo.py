@@ -61,7 +61,7 @@ def test_an_interrupted_demo_leaves_nothing(environment, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == "hf-calib: interrupted; nothing was saved"
+    assert errors.strip() == "hf-calib: interrupted; no half-written folder is left"
     assert list(tmp_path.iterdir()) == [], LEFT_BEHIND
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForTokenClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForTokenClassification
 
 from hf_calib import (
     IsotonicCalibration,
@@ -178,6 +178,31 @@ def test_adapters_are_refused_until_they_are_merged(classifier, temperature, tok
     merged = attach_calibrator(detach_calibrator(adapted).merge_and_unload(), temperature)
     loaded = load_calibrated(save_calibrated(merged, tmp_path / "new"))
     torch.testing.assert_close(probs_of(loaded, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_could_not_be_loaded_again_is_refused(temperature, tmp_path):
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+    model = attach_calibrator(BertForTokenClassification(config), temperature)
+    with pytest.raises(
+        ValueError, match=r"got BertForTokenClassification; allowed are \.\.\.ForSequenceClassification"
+    ):
+        save_calibrated(model, tmp_path / "new")
+    model.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"got a BertForTokenClassification; .*attach_calibrator\(model, AutoCalib"):
+        load_calibrated(tmp_path / "own")
+
+
+def test_the_folder_that_one_stands_in_can_be_filled(calibrated, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert save_calibrated(calibrated, ".") == tmp_path / "here"
+    assert "\n# here\n" in (tmp_path / "here" / "README.md").read_text()
+
+
+def test_a_file_in_the_way_is_named(calibrated, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"path: .*file is a file; allowed"):
+        save_calibrated(calibrated, tmp_path / "file" / "made")
 
 
 def test_nothing_is_overwritten(calibrated, tmp_path):

@@ -37,7 +37,7 @@ def calibrator(temperature):
 
 
 def card_of(folder, calibrator, applied="attached", report=None, name="org/mood: a name"):
-    write_model_card(folder, name=name, calibrator=calibrator, applied=applied, report=report)
+    write_model_card(folder, name=name, calibrator=calibrator, applied=applied, report=report, stock=True)
     return ModelCard.load(folder / "README.md")
 
 
@@ -106,12 +106,13 @@ def test_it_says_how_the_calibrator_is_applied(applied, calibrator, tmp_path):
     card = card_of(tmp_path, calibrator, applied)
     assert ("`hf_calib.load_calibrated` applies it" in card.text) == (applied == "attached")
     assert ("folded into the weights" in card.text) == (applied == "folded")
-    assert f"```python\n{usage('org/mood: a name', applied)}\n```" in card.text
+    assert f"```python\n{usage('org/mood: a name', applied, stock=True)}\n```" in card.text
 
 
+@pytest.mark.parametrize("stock", [True, False])
 @pytest.mark.parametrize("applied", ["attached", "folded"])
 @pytest.mark.parametrize("name", ["org/mood", 'it\'s "mine"', r"C:\new\text"])
-def test_its_lines_load_the_model_by_that_name(name, applied, monkeypatch):
+def test_its_lines_load_the_model_by_that_name(name, applied, stock, monkeypatch):
     import transformers
 
     import hf_calib
@@ -120,8 +121,24 @@ def test_its_lines_load_the_model_by_that_name(name, applied, monkeypatch):
     monkeypatch.setattr(hf_calib, "load_calibrated", loaded.append, raising=False)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded.append)
     monkeypatch.setattr(transformers, "pipeline", lambda task, model=None, **options: loaded.append(model))
-    exec(usage(name, applied), {})
+    lines = usage(name, applied, stock)
+    exec(lines, {})
     assert set(loaded) - {None} == {name}
+    assert ("import hf_calib" in lines) == (applied == "attached" or not stock)
+
+
+@pytest.mark.parametrize(("model", "base"), [("org/moods", "org/moods"), ("my-folder", None), (None, None)])
+def test_a_base_model_is_named_where_the_hub_has_it(model, base, calibrator, tmp_path):
+    if model is not None:
+        calibrator.provenance["model"] = model
+    assert card_of(tmp_path, calibrator).data.base_model == base
+
+
+def test_the_values_are_of_the_data_that_the_report_is_about(calibrator, report, tmp_path):
+    calibrator.provenance["report_dataset"] = "org/other"
+    assert {result.dataset_name for result in card_of(tmp_path, calibrator, report=report).data.eval_results} == {
+        "org/other"
+    }
 
 
 @pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
@@ -131,7 +148,7 @@ def test_a_saved_folder_has_the_card_of_its_model(apply, classifier, calibrator,
         ModelCard.load(folder / "README.md"),
         "folded" if attached_calibrator(classifier) is None else "attached",
     )
-    assert usage("mood", applied) in card.text
+    assert usage("mood", applied, stock=True) in card.text
     assert report.to_markdown() in card.text
     assert (folder / "reliability.png").is_file()
     assert not re.search(str(tmp_path), card.content)

@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..attaching import attach_calibrator, attached_calibrator, detach_calibrator, uncalibrated
+from ..attaching import (
+    attach_calibrator,
+    attached_calibrator,
+    check_not_folded,
+    detach_calibrator,
+    forget_folded,
+    is_folded,
+    uncalibrated,
+)
 from ..calibrators import CALIBRATORS, Calibrator, select_calibrator
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments, check_calibrator_name
@@ -157,7 +165,14 @@ class CalibrationTrainer(Trainer):
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`, with an attached calibrator suspended; warns that it has to be fitted again."""
+        """As `Trainer.train`, with an attached calibrator suspended and a folded one forgotten; warns of either."""
+        if self.model is not None and is_folded(base := _base_model(self.model)):
+            forget_folded(base)
+            warnings.warn(
+                "The calibrator in the model's weights is forgotten, because training changes them. "
+                "Fit one afterwards: trainer.calibrate(dataset).",
+                stacklevel=2,
+            )
         with uncalibrated(self.model):
             output = super().train(*args, **kwargs)
         if _calibrated_model(self.model) is not None:
@@ -183,10 +198,12 @@ class CalibrationTrainer(Trainer):
         Returns:
             `Calibrator`: the fitted one, as it is attached to `self.model`: on its device, with its label names.
         Raises:
-            ValueError: the calibrator is unknown, rows are in `train_dataset` too, or no row has a label.
+            ValueError: the calibrator is unknown, one is folded into the weights, rows are in `train_dataset` too, or
+                no row has a label.
         """
         name = self.args.calibrator if calibrator is None else calibrator
         check_calibrator_name(name)
+        check_not_folded(_base_model(self.model))
         self._refuse_seen_rows(dataset)
         logits, labels = self._predict_logits(dataset)
         fitted = select_calibrator(logits, labels) if name == "auto" else CALIBRATORS[name]().fit(logits, labels)

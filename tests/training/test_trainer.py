@@ -23,6 +23,8 @@ from transformers import (
 import hf_calib.functional.losses as functional
 from hf_calib.attaching import attach_calibrator, attached_calibrator, uncalibrated
 from hf_calib.calibrators import CALIBRATORS, TemperatureScaling
+from hf_calib.folding import fold_calibrator
+from hf_calib.hub import load_calibrated
 from hf_calib.losses import LOSSES
 from hf_calib.models.configuration_calib_transformer import CalibTransformerConfig
 from hf_calib.models.modeling_calib_transformer import CalibTransformerForSequenceClassification
@@ -441,6 +443,30 @@ def test_training_runs_on_raw_logits(kind, tmp_path):
     with uncalibrated(model):
         raw = batch_logits(model, batch)
     torch.testing.assert_close(batch_logits(model, batch), calibrator(raw))
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_training_forgets_a_calibrator_in_the_weights(is_known, tmp_path):
+    """Weights that have changed hold nothing that a calibrator.json beside them could describe."""
+    model = tiny.tiny_model("sequence")
+    fold_calibrator(model, TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0])))
+    if not is_known:
+        model.save_pretrained(tmp_path / "folded")
+        model = type(model).from_pretrained(tmp_path / "folded")
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, learning_rate=0.1)
+    rows = tiny.held_out_rows("sequence", 33)
+    with pytest.raises(ValueError, match="folded into its weights already; " + ("unfold" if is_known else "load it")):
+        trainer.calibrate(rows)
+    with pytest.warns(UserWarning, match="weights is forgotten, .* trainer.calibrate"):
+        trainer.train()
+    model.save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained" / "calibrator.json").exists()
+    raw = batch_logits(model, collate(rows))
+    fitted = trainer.calibrate(rows)
+    torch.testing.assert_close(batch_logits(model, collate(rows)), fitted(raw))
+    model.save_pretrained(tmp_path / "calibrated")
+    loaded = attached_calibrator(load_calibrated(tmp_path / "calibrated"))
+    assert torch.equal(loaded.temperature, fitted.temperature)
 
 
 def test_calibrate_a_peft_model(tmp_path):
