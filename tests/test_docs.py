@@ -29,6 +29,15 @@ MODULES = [info.name for info in pkgutil.walk_packages(hf_calib.__path__, "hf_ca
 WORDS = ("good", "fine", "great", "bad", "poor", "awful")
 
 
+WHAT_THE_READER_HAS_THEN = """
+untouched = AutoModelForSequenceClassification.from_pretrained("me/my-classifier")
+raw = hf_calib.collect_predictions(untouched, load_dataset("me/my-reviews", split="test"), processing_class=tokenizer)
+assert (test.logits - raw.logits).abs().max() < 1e-5
+trained = hf_calib.load_calibrated("trained-and-calibrated")
+assert trained.config.hf_calib_folded == "temperature"
+"""
+
+
 def reviews(model: Path, num_rows: int, offset: int) -> Dataset:
     """Texts of two words, no two of them equal."""
     texts = [f"{WORDS[index % len(WORDS)]} {index + offset}" for index in range(num_rows)]
@@ -64,9 +73,10 @@ def test_the_readme_has_blocks_of_both_kinds_and_no_others():
 
 @pytest.mark.slow
 def test_the_readme_s_python_runs_from_top_to_bottom(place):
-    result = run([sys.executable, "-c", "\n".join(PYTHON)], place)
+    result = run([sys.executable, "-c", "\n".join([*PYTHON, WHAT_THE_READER_HAS_THEN])], place)
     assert result.returncode == 0, result.stderr
     assert "Smooth ECE" in result.stdout
+    assert "NLL falls by" in result.stdout, "the README calibrates what is calibrated already"
     for made in ("my-classifier-calibrated", "my-calibrator", "trained-and-calibrated"):
         assert (place / made / "calibrator.json").is_file(), made
     assert (place / "reliability.png").is_file()

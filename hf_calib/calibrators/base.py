@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..functional.checks import check_labels
+from ..functional.checks import check_labels, describe
 
 
 class Calibrator(nn.Module):
@@ -167,11 +167,9 @@ def check_fit(
         ValueError: naming the argument, the value and what is allowed.
     """
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        raise ValueError(
-            f"logits: got {getattr(logits, 'dtype', type(logits).__name__)}; allowed are floating tensors"
-        )
+        raise ValueError(f"logits: got {describe(logits)}; allowed are floating torch tensors")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        raise ValueError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}; allowed are integer tensors")
+        raise ValueError(f"labels: got {describe(labels)}; allowed are integer torch tensors")
     if logits.dim() < 2 or logits.shape[-1] < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits: got shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}; "

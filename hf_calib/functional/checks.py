@@ -10,6 +10,7 @@ import torch
 # touched.
 PROBABILITY_FLOOR = 2.0**-126
 
+ROUNDED = 0.05  # a sum that is off 1 by less is that of probabilities which somebody rounded
 TASKS = (None, "multilabel")
 
 
@@ -105,11 +106,11 @@ def _kept_rows(
 def _check_shapes(name: str, probs: torch.Tensor, labels: torch.Tensor, task: str | None) -> None:
     check_choice("task", task, TASKS)
     if not isinstance(probs, torch.Tensor) or not probs.is_floating_point():
-        raise ValueError(f"{name}: got {_describe(probs)}; allowed are floating torch tensors")
+        raise ValueError(f"{name}: got {describe(probs)}; allowed are floating torch tensors")
     if probs.dim() > 1 and probs.shape[-1] == 0:
         raise ValueError(f"{name}: got shape {tuple(probs.shape)}; allowed is at least one class")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels: got {_describe(labels)}; allowed are integer torch tensors")
+        raise ValueError(f"labels: got {describe(labels)}; allowed are integer torch tensors")
     if task == "multilabel":
         if probs.dim() < 2 or probs.shape != labels.shape:
             raise ValueError(
@@ -132,9 +133,11 @@ def _check_rows(name: str, probs: torch.Tensor) -> torch.Tensor:
     wrong = ((total - 1).abs() <= tolerance).logical_not()  # written so that NaN is wrong too
     if wrong.any():
         row = int(wrong.nonzero()[0])
+        remedy = "Logits become probabilities by logits.softmax(-1)"
+        if abs(float(total[row]) - 1) < ROUNDED:
+            remedy = "Rounded ones are mended by probs / probs.sum(-1, keepdim=True)"
         raise ValueError(
-            f"{name}: row {row} sums to {float(total[row]):.6g}; allowed is 1 within {tolerance:.2g}. "
-            "Logits become probabilities by logits.softmax(-1)"
+            f"{name}: row {row} sums to {float(total[row]):.6g}; allowed is 1 within {tolerance:.2g}. {remedy}"
         )
     lowest, highest = (float(value) for value in torch.aminmax(probs))
     if lowest < 0:
@@ -151,5 +154,6 @@ def _check_range(name: str, probs: torch.Tensor) -> None:
         )
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """What an error says that it got in place of the right tensor."""
     return f"a {value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -238,6 +238,7 @@ LABELS = torch.tensor([0, 1])
     [
         ([[2.0, -1.0], [0.5, 0.5]], "probs: got -1; allowed are values in"),
         ([[0.5, 0.5], [0.3, 0.6]], r"probs: row 1 sums to 0\.9; allowed is 1 within 0\.0001.*softmax"),
+        ([[0.5, 0.5], [0.33, 0.66]], r"probs: row 1 sums to 0\.99; .*keepdim"),  # rounded to two digits
         ([[0.2, 0.9], [0.4, 0.1]], "probs: row 0 sums to 1.1"),  # logits that lie in [0, 1] by chance
         ([[3.0, -1.0], [0.5, 0.5]], "probs: row 0 sums to 2"),
         ([[50.0, 50.0], [0.5, 0.5]], "probs: row 0 sums to 100"),  # per cent
