@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .calibrators import Calibrator
 from .calibrators.storage import weights_sha256, write_calibrator
@@ -143,16 +144,21 @@ def check_not_folded(model: nn.Module) -> None:
 
 def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:
     """Raises a ValueError unless the calibrator was fitted for the model's labels."""
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = label_names_of(model.config)
     if calibrator.num_labels != len(names) or calibrator.label_names not in (None, names):
         known = calibrator.label_names or f"{calibrator.num_labels} unnamed labels"
         raise ValueError(f"calibrator: it was fitted for {known}; allowed are the model's labels {names}")
 
 
+def label_names_of(config: PreTrainedConfig) -> list[str]:
+    """The model's class names in the order of its logits; some configs have numbers for names."""
+    return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+
 def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
     """A copy that knows the model's label names, so that whoever loads it can tell what its columns are."""
     calibrator = copy.deepcopy(calibrator)
-    calibrator.label_names = [model.config.id2label[index] for index in range(calibrator.num_labels)]
+    calibrator.label_names = label_names_of(model.config)
     return calibrator
 
 

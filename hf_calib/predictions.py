@@ -16,10 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attaching import in_eval_mode, uncalibrated
+from .attaching import folded_calibrator, in_eval_mode, is_folded, label_names_of, uncalibrated
+from .calibrators import TemperatureScaling
 
 
-PROGRESS_NAME = "progress.json"
+PROGRESS_NAME, LOGITS_NAME = "progress.json", "logits.npy"
+PARTIAL = "partial-"  # in front of the name of a file that is being made
+INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "dtype")  # of a config: where weights lie
 NO_LIMIT = 2**31  # tokenizers that know no longest text say 10**30, which overflows
 
 
@@ -58,26 +61,29 @@ def collect_predictions(
     batch_size: int = 32,
     output_dir: str | Path | None = None,
 ) -> Predictions:
-    """Runs a text classifier over labelled rows, with any attached calibrator suspended.
+    """Runs a text classifier over labelled rows, with any attached calibrator suspended and any folded one undone.
 
     Labels are matched by name: the names of the data set's `ClassLabel` (or its strings) against the model's
-    `label2id`. Equal numbers mean nothing when two lists are ordered differently.
+    `id2label`. Equal numbers mean nothing when two lists are ordered differently: an integer is the label of that
+    name, or a number only where the model's labels have no names (`LABEL_0`, `LABEL_1`, ...).
 
     Args:
         model ([`~transformers.PreTrainedModel`]): single-label sequence classification, on whatever device it is.
         dataset ([`~datasets.Dataset`]): labelled rows that the model was not trained on.
         processing_class (*optional*): the tokenizer; by default the one that lies beside the model.
         text_column (`str` or pair of `str`): the column that holds the text, or the two of a sentence pair.
-        label_column (`str`): a `ClassLabel`, a string column, or integers when the model's own labels have no names.
+        label_column (`str`): a `ClassLabel`, strings or integers.
         label_map (`dict`, *optional*): data set label name -> model label name, for names that differ.
         batch_size (`int`): rows of similar length that run together.
-        output_dir (`str` or `Path`, *optional*): a folder that takes logits and labels as they come; an interrupted
-            collection of the same rows goes on where it stopped, and a finished one is read back, memory-mapped.
+        output_dir (`str` or `Path`, *optional*): a folder that takes the logits as they come; an interrupted
+            collection of the same rows by the same model goes on where it stopped, and a finished one is read back,
+            memory-mapped.
     Returns:
         [`Predictions`]: `logits` `(N, C)` float32, `labels` `(N,)` int64.
     Raises:
         ValueError: a column is missing, a label is not one of the model's, the data set is empty, the model is no
-            single-label classifier, or `output_dir` holds something else.
+            single-label classifier or holds a calibrator in its weights that only `load_calibrated` knows, or
+            `output_dir` holds something else.
     """
     texts = [text_column] if isinstance(text_column, str) else list(text_column)
     if not 1 <= len(texts) <= 2:
@@ -99,11 +105,6 @@ def collect_predictions(
     return Predictions(torch.from_numpy(store.finished()), labels, label_names_of(model.config))
 
 
-def label_names_of(config: Any) -> list[str]:
-    """The model's class names in the order of its logits."""
-    return [config.id2label[index] for index in range(config.num_labels)]
-
-
 def _check_model(model: PreTrainedModel) -> None:
     config = model.config
     if not type(model).__name__.endswith("ForSequenceClassification"):
@@ -112,6 +113,11 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: got problem_type={config.problem_type!r} with {config.num_labels} labels; "
             "allowed is single-label classification with at least two"
+        )
+    if is_folded(model) and folded_calibrator(model) is None:
+        raise ValueError(
+            "model: it has a calibrator in its weights; load it by hf_calib.load_calibrated, so that its raw logits "
+            "are known"
         )
 
 
@@ -129,38 +135,43 @@ def _check_dataset(dataset: Any, columns: list[str]) -> None:
 
 def _model_labels(dataset: Any, column: str, config: Any, label_map: Mapping[str, str] | None) -> list[int]:
     """The model's id of each row's label, matched by name."""
-    values = dataset[column][:]
-    feature = dataset.features[column]
+    values, feature, known = dataset[column][:], dataset.features[column], label_names_of(config)
     names = getattr(feature, "names", None)
     if names is not None:
-        unlabelled = [row for row, value in enumerate(values) if value is None or value < 0]
         values = [None if value is None or value < 0 else names[value] for value in values]
-    else:
-        unlabelled = [row for row, value in enumerate(values) if value is None]
-        if not all(isinstance(value, str | int | None) for value in values):
-            raise ValueError(f"{column}: got {feature}; allowed are a ClassLabel, strings or integers, one per row")
-        names = sorted({value for value in values if value is not None}, key=str)
+    elif not all(isinstance(value, str | int | None) for value in values):
+        raise ValueError(f"{column}: got {feature}; allowed are a ClassLabel, strings or integers, one per row")
+    unlabelled = [row for row, value in enumerate(values) if value is None]
     if unlabelled:
-        raise ValueError(f"{column}: row {unlabelled[0]} and {len(unlabelled) - 1} more have no label")
-    ids = _match_names(column, names, config, dict(label_map or {}))
+        have = "has" if len(unlabelled) == 1 else f"and {len(unlabelled) - 1} more have"
+        raise ValueError(f"{column}: row {unlabelled[0]} {have} no label; leave such rows out")
+    label_map = {str(source): str(target) for source, target in (label_map or {}).items()}
+    _check_label_map(label_map, names, known)
+    ids = _match_names(column, names or sorted(set(values), key=str), known, label_map)
     return [ids[value] for value in values]
 
 
-def _match_names(column: str, names: list[Any], config: Any, label_map: dict[str, str]) -> dict[Any, int]:
-    """Data set label -> model id, or an error that prints both lists."""
-    known = label_names_of(config)
+def _check_label_map(label_map: dict[str, str], names: list[str] | None, known: list[str]) -> None:
+    """`names` are the data set's; a column that is no `ClassLabel` may lack some of them in this split."""
     for source, target in label_map.items():
-        if source not in map(str, names) or target not in known:
-            raise ValueError(f"label_map: got {source}={target}; allowed are one of the data set's "
-                             f"[{', '.join(map(str, names))}] = one of the model's [{', '.join(known)}]")  # fmt: skip
-    if all(isinstance(name, int) for name in names) and known == [f"LABEL_{i}" for i in range(len(known))]:
-        label_map = {**{str(name): f"LABEL_{name}" for name in names}, **label_map}  # neither side has names
-    targets = {name: label_map.get(str(name), name) for name in names}
+        if target not in known or (names is not None and source not in names):
+            theirs = "a label of the data set" if names is None else f"one of the data set's [{', '.join(names)}]"
+            raise ValueError(
+                f"label_map: got {source}={target}; allowed is {theirs} = one of the model's [{', '.join(known)}]"
+            )
+
+
+def _match_names(column: str, names: list[Any], known: list[str], label_map: dict[str, str]) -> dict[Any, int]:
+    """Data set label -> model id, or an error that prints both lists."""
+    if known == [f"LABEL_{i}" for i in range(len(known))]:  # no names: a number is all that a label can be called
+        label_map = {str(i): name for i, name in enumerate(known)} | label_map
+    targets = {name: label_map.get(str(name), str(name)) for name in names}
     missing = [name for name, target in targets.items() if target not in known]
     if missing:
         raise ValueError(
             f"{column}: the model has no label {missing[0]!r}; the data set has [{', '.join(map(str, names))}], the "
-            f"model has [{', '.join(known)}]. A label map says which is which"
+            f"model has [{', '.join(known)}]; say which is which by label_map, such as {{'neg': 'NEGATIVE'}} "
+            "(--label-map neg=NEGATIVE)"
         )
     return {name: known.index(target) for name, target in targets.items()}
 
@@ -210,25 +221,38 @@ def _max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
 
 
 def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch.Tensor) -> str:
-    """What was asked for: which rows, of which weights."""
-    digest = hashlib.sha256(json.dumps([encoded, labels.tolist()]).encode())
+    """What was asked for: which rows, of which model, wherever it lies."""
+    config = json.loads(
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda part: {key: value for key, value in part.items() if key not in INCIDENTAL},
+    )
+    request = [encoded, labels.tolist(), config, _folded_divisor(model)]
+    digest = hashlib.sha256(json.dumps(request).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def _folded_divisor(model: PreTrainedModel) -> float:
+    """What a calibrator in the weights has divided the logits by."""
+    calibrator = folded_calibrator(model)
+    return calibrator.temperature.item() if isinstance(calibrator, TemperatureScaling) else 1.0
+
+
 def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size: int, store: _Store) -> None:
     """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    divisor = _folded_divisor(model)
     try:
         with torch.inference_mode(), in_eval_mode(model), uncalibrated(model):
             for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
                 if store.done[batch].all():
                     continue
                 inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
-                store.put(batch, model(**inputs, return_dict=True).logits.float().cpu().numpy())
+                logits = model(**inputs, return_dict=True).logits.float() * divisor
+                store.put(batch, logits.cpu().numpy())
     finally:
         store.flush()
 
@@ -254,29 +278,38 @@ class _Store:
 
 
 class _FolderStore(_Store):
-    """The same in `.npy` files that an interrupted run leaves usable."""
+    """The same in a `.npy` file that an interrupted run leaves usable: a row that is not there yet is NaN."""
 
     def __init__(self, shape: tuple[int, int], folder: Path, request: str):
-        progress, self.file = folder / PROGRESS_NAME, folder / "logits.npy"
-        if folder.exists() and any(folder.iterdir()):
-            if not progress.is_file() or json.loads(progress.read_text()) != {"request": request}:
-                raise ValueError(
-                    f"output_dir: got {folder}, which holds something else; allowed are a new folder, or one that "
-                    "holds predictions of the same weights on the same rows"
-                )
-            self.logits = np.load(self.file, mmap_mode="r+")
-            self.done = np.load(folder / "done.npy", mmap_mode="r+")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.logits = np.lib.format.open_memmap(self.file, "w+", np.float32, shape)
-        self.done = np.lib.format.open_memmap(folder / "done.npy", "w+", bool, shape[:1])
-        partial = progress.with_suffix(".tmp")
-        partial.write_text(json.dumps({"request": request}))
-        os.replace(partial, progress)  # last: a folder with this file has the two others whole
+        self.file, progress = folder / LOGITS_NAME, folder / PROGRESS_NAME
+        partial = folder / (PARTIAL + PROGRESS_NAME)
+        if not folder.exists() or (folder.is_dir() and set(folder.iterdir()) <= {partial}):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"request": request}))
+            os.replace(partial, progress)  # first: from here on the folder is ours, whatever interrupts
+        try:
+            if json.loads(progress.read_text()) != {"request": request}:
+                raise ValueError("another request")
+            self.logits = self._open(shape)
+        except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):
+            raise ValueError(
+                f"output_dir: got {folder}, which holds something else, or damaged files; allowed are a new folder, "
+                "or one that holds predictions of the same model on the same rows"
+            ) from None
+        self.done = ~np.isnan(self.logits).any(-1)
+
+    def _open(self, shape: tuple[int, int]) -> np.ndarray:
+        if not self.file.exists():
+            partial = self.file.with_name(PARTIAL + LOGITS_NAME)
+            np.save(partial, np.broadcast_to(np.float32(np.nan), shape))
+            os.replace(partial, self.file)
+        found = np.load(self.file, mmap_mode="r")  # refuses a file that is too short; "r+" would fill it up with zeros
+        if found.shape != shape or found.dtype != np.float32:
+            raise ValueError("another array")
+        return np.load(self.file, mmap_mode="r+")
 
     def flush(self) -> None:
         self.logits.flush()
-        self.done.flush()
 
     def finished(self) -> np.ndarray:
         return np.load(self.file, mmap_mode="c")  # what a user does to the tensor stays out of the file

@@ -1,6 +1,8 @@
 """Predictions in every kind of file, and one line for whatever is wrong with one."""
 
 import json
+import re
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -77,41 +79,105 @@ def test_missing_columns_are_named(suffix, tmp_path):
     refused(gap, r"column: .* has no 'probs_1'; it has probs_0, probs_2, label")
 
 
-NO_NUMBERS = r"predictions: .* holds values that are no probabilities and labels"
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("label", ["glad", 1.5])
 def test_labels_that_are_no_whole_numbers_are_refused(suffix, label, tmp_path):
-    refused(write(tmp_path / f"rows{suffix}", {"probs": EVENTS, "label": [label] * 4}), NO_NUMBERS)
+    path = write(tmp_path / f"rows{suffix}", {"probs": EVENTS, "label": [label] * 4})
+    refused(path, rf"predictions: .*rows{suffix}: 'label' is {label!r} in row 0; allowed are whole numbers")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_gaps_and_ragged_rows_are_refused(suffix, tmp_path):
-    refused(write(tmp_path / f"gap{suffix}", {"probs": EVENTS, "label": [1, 0, None, 1]}), NO_NUMBERS)
-    refused(write(tmp_path / f"ragged{suffix}", {"probs": [[0.5, 0.5], [1.0]], "label": [0, 0]}), NO_NUMBERS)
+    refused(
+        write(tmp_path / f"gap{suffix}", {"probs": EVENTS, "label": [1, 0, None, 1]}), "predictions: .*'label' is nan"
+    )
+    for row in ([1.0], None):
+        path = write(tmp_path / f"ragged{suffix}", {"probs": [[0.5, 0.5], row], "label": [0, 0]})
+        refused(path, rf"predictions: .*: 'probs' is {re.escape(str(row))} in row 1; .* lists .* equally long")
 
 
 def test_a_gap_or_an_infinite_label_in_other_files_is_refused(tmp_path):
     (tmp_path / "gap.csv").write_text("probs,label\n0.5,1\n0.5,\n")
-    refused(tmp_path / "gap.csv", NO_NUMBERS)
-    refused(write(tmp_path / "inf.npz", {"probs": EVENTS, "label": [0.0, 1.0, np.inf, 1.0]}), NO_NUMBERS)
+    refused(tmp_path / "gap.csv", "predictions: .*'label' is nan in row 1; allowed are whole numbers")
+    infinite = write(tmp_path / "inf.npz", {"probs": EVENTS, "label": [0.0, 1.0, np.inf, 1.0]})
+    refused(infinite, "predictions: .*'label' is inf in row 2; allowed are whole numbers")
+
+
+def test_a_list_in_a_csv_is_refused_with_a_remedy(tmp_path):
+    (tmp_path / "rows.csv").write_text('probs,label\n"[0.5, 0.5]",1\n')
+    refused(tmp_path / "rows.csv", r"predictions: .* a CSV cannot hold lists, use columns probs_0, probs_1, \.\.\. or")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_damaged_files_are_refused(suffix, tmp_path):
+def test_probabilities_that_are_text_are_refused(suffix, tmp_path):
+    path = write(tmp_path / f"rows{suffix}", {"probs_0": EVENTS, "probs_1": ["high"] * 4, "label": LABELS})
+    refused(path, r"predictions: .*: 'probs_1' is 'high' in row 0; allowed are numbers")
+
+
+def test_classes_of_unequal_length_are_refused(tmp_path):
+    path = write(tmp_path / "rows.npz", {"probs_0": EVENTS, "probs_1": EVENTS[1:], "label": LABELS})
+    refused(path, r"predictions: .*: probs_0, probs_1, \.\.\. have \[3, 4\] rows")
+
+
+EMPTY = [
+    *((suffix, b"") for suffix in SUFFIXES),
+    (".csv", b"probs,label"),
+    (".csv", b"probs,label\n\n"),
+    (".jsonl", b"\n"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content"), EMPTY)
+def test_a_file_without_rows_is_refused(suffix, content, tmp_path):
     path = tmp_path / f"rows{suffix}"
-    for content in (b"PK\x03\x04 is how a zip file begins", b'{"no": \xff', b""):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"predictions: |column: "):
-            read_predictions(path)
+    path.write_bytes(content)
+    refused(path, rf"^predictions: .*rows{suffix} holds no rows$")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+def test_columns_without_rows_are_refused(suffix, tmp_path):
+    refused(write(tmp_path / f"rows{suffix}", {"probs": [], "label": []}), r"^predictions: .* holds no rows$")
+
+
+DAMAGED = [
+    *((suffix, b"PK\x03\x04 is how a zip file begins\n\n") for suffix in (".parquet", ".jsonl", ".npz")),
+    *((suffix, b'{"no": \xff') for suffix in (".parquet", ".jsonl", ".npz")),
+    (".csv", b"probs,label\n0.5,1\n0.5,1,2\n"),
+    (".csv", b"label,label\n1,1\n"),
+    (".jsonl", b'{"probs": 0.5, "label": 1}\n{"probs": 0.5, "la'),
+    (".jsonl", b'{"probs": 0.5, "label": 1}\n[0.5, 1]\n'),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content"), DAMAGED)
+def test_damaged_files_are_refused(suffix, content, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    refused(path, rf"^predictions: cannot read .*rows{suffix}: .")
+
+
+def test_a_parquet_with_damaged_pages_is_refused(tmp_path):
+    path = write(tmp_path / "rows.parquet", {"probs": EVENTS, "label": LABELS})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 20 + whole[24:])
+    refused(path, r"^predictions: cannot read .*rows\.parquet: .")  # pyarrow's message has two lines
+
+
+def test_an_archive_with_a_damaged_array_is_refused(tmp_path):
+    for header in (b"{'descr': (" + b" " * 5, b"\x00" * 16):  # NumPy raises no ValueError for the first
+        with ZipFile(tmp_path / "rows.npz", "w") as archive:
+            archive.writestr("probs.npy", b"\x93NUMPY\x01\x00\x10\x00" + header)
+        refused(tmp_path / "rows.npz", r"^predictions: cannot read .*rows\.npz: .")
 
 
 def test_an_array_that_is_no_archive_and_one_of_objects_are_refused(tmp_path):
     with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    refused(tmp_path / "array.npz", NO_NUMBERS)
-    refused(write(tmp_path / "objects.npz", {"probs": np.array([{}]), "label": [0]}), NO_NUMBERS)
+    refused(tmp_path / "array.npz", "predictions: cannot read .*: it is a single array")
+    objects = write(tmp_path / "objects.npz", {"probs": np.array([{}]), "label": [0]})
+    refused(objects, "predictions: cannot read .*: Object arrays cannot be loaded")
+    for single in ({"probs": "high", "label": 0}, {"probs": 0.5, "label": "high"}):  # arrays without dimensions
+        refused(write(tmp_path / "single.npz", single), "predictions: .* is 'high' in row 0")
 
 
 def test_other_files_and_missing_ones_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Collected predictions are the model's own logits, with labels that mean what they say."""
 
 import copy
+import os
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,14 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from hf_calib import attach_calibrator, collect_predictions
+from hf_calib import (
+    IdentityCalibration,
+    attach_calibrator,
+    collect_predictions,
+    fold_calibrator,
+    load_calibrated,
+    save_calibrated,
+)
 from hf_calib.predictions import Predictions
 
 
@@ -121,6 +129,22 @@ def test_an_attached_calibrator_is_suspended(collect, classifier, temperature, t
     assert torch.equal(classifier(**tokens).logits, calibrated)
 
 
+@pytest.mark.parametrize("name", ["temperature", "identity"])
+def test_a_folded_calibrator_is_undone(name, collect, classifier, temperature, tokens, tmp_path):
+    raw, own = collect(), classifier(**tokens).logits
+    calibrator = temperature if name == "temperature" else IdentityCalibration().fit(raw.logits, raw.labels)
+    fold_calibrator(classifier, calibrator)
+    assert torch.equal(classifier(**tokens).logits, own) == (name == "identity")
+    torch.testing.assert_close(collect().logits, raw.logits, rtol=0, atol=1e-5)
+    loaded = load_calibrated(save_calibrated(classifier, tmp_path / "model"))
+    torch.testing.assert_close(collect(model=loaded).logits, raw.logits, rtol=0, atol=1e-5)
+    plain = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"^model: it has a calibrator in its weights; .*hf_calib\.load_calibrated.*$"
+    ):
+        collect(model=plain)
+
+
 def test_a_config_that_asks_for_tuples_changes_nothing(collect, classifier):
     expected = collect().logits
     classifier.config.return_dict = False
@@ -169,12 +193,37 @@ def test_labels_of_other_columns(label, label_map, expected, collect):
     assert found.labels.tolist() == expected
 
 
-def test_integers_are_the_ids_of_a_model_without_names(collect, classifier):
-    classifier.config.id2label = {index: f"LABEL_{index}" for index in range(3)}
-    assert collect(rows(label=[2, 0])).labels.tolist() == [2, 0]
+def name_labels(model, names):
+    model.config.id2label = dict(enumerate(names))
+
+
+def test_numbers_are_the_ids_of_a_model_without_names(collect, classifier):
+    name_labels(classifier, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    for label in ([2, 0], ["2", "0"], ["LABEL_2", "LABEL_0"]):
+        assert collect(rows(label=label)).labels.tolist() == [2, 0]
+    assert collect(class_labels([0, 1], ["2", "0"])).labels.tolist() == [2, 0]
     assert collect(rows(label=[1, 0]), label_map={"1": "LABEL_2"}).labels.tolist() == [2, 0]
     with pytest.raises(ValueError, match="the model has no label 3"):
         collect(rows(label=[3, 0]))
+
+
+@pytest.mark.parametrize("names", [["1", "0", "2"], [1, 0, 2]])
+def test_numbers_are_names_where_the_model_has_such(names, collect, classifier):
+    name_labels(classifier, names)
+    for label in ([0, 1], ["0", "1"]):
+        found = collect(rows(label=label))
+        assert found.labels.tolist() == [1, 0]
+        assert found.label_names == ["1", "0", "2"]
+    with pytest.raises(
+        ValueError, match=r"the model has no label 3; the data set has \[0, 3\], the model has \[1, 0, 2\]"
+    ):
+        collect(rows(label=[0, 3]))
+
+
+def test_a_label_map_may_name_what_a_split_lacks(collect):
+    label_map = {"happy": "glad", "unhappy": "sad"}
+    assert collect(rows(label=["happy", "happy"]), label_map=label_map).labels.tolist() == [2, 2]
+    assert collect(rows(label=[1, 1]), label_map={0: "sad", 1: "glad"}).labels.tolist() == [2, 2]
 
 
 def class_labels(values, names):
@@ -183,13 +232,20 @@ def class_labels(values, names):
 
 
 BOTH_LISTS = r"data set has \[sad, happy\], the model has \[sad, calm, glad\]"
-UNLABELLED = "label: row 1 and 1 more have no label"
+REMEDY = r"; say which is which by label_map, such as \{'neg': 'NEGATIVE'\} \(--label-map neg=NEGATIVE\)$"
+UNLABELLED = "label: row 1 and 1 more have no label; leave such rows out$"
 
 
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (class_labels([0, 1], ["sad", "happy"]), {}, BOTH_LISTS),
+        (class_labels([0, 1], ["sad", "happy"]), {}, BOTH_LISTS + REMEDY),
+        (
+            rows(),
+            {"label_map": {"glad": "jolly"}},
+            "label_map: got glad=jolly; allowed is a label of the data set = one",
+        ),
+        (rows(label=["sad", None]), {}, "^label: row 1 has no label; leave such rows out$"),
         (class_labels([0, 1], ["sad", "happy"]), {"label_map": {"happy": "jolly"}}, "label_map: got happy=jolly"),
         (class_labels([0, 1], ["sad", "happy"]), {"label_map": {"merry": "glad"}}, "label_map: got merry=glad"),
         (rows(label=["sad", "meh"]), {}, r"label: the model has no label 'meh'.*\[meh, sad\].*\[sad, calm, glad\]"),
@@ -291,7 +347,7 @@ def test_logits_of_a_folder_are_memory_mapped_and_safe_from_their_user(collect, 
         np, "load", lambda *args, mmap_mode: modes.append(mmap_mode) or load(*args, mmap_mode=mmap_mode)
     )
     found = collect(output_dir=tmp_path)
-    assert modes == ["c"]
+    assert modes[-1] == "c"
     before = state(tmp_path)
     found.logits.mul_(2)
     assert state(tmp_path) == before
@@ -311,9 +367,80 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(collect, classif
     with torch.no_grad():
         classifier.classifier.bias[0] += 1e-3
     assert refused()
+    (tmp_path / "progress.json").write_text('{"requ')
+    before["progress.json"] = b'{"requ'
+    assert refused()
     (tmp_path / "progress.json").unlink()
     before.pop("progress.json")
     assert refused()
+
+
+def test_a_folder_is_of_one_config_wherever_the_model_lies(collect, classifier, tmp_path):
+    first = collect(output_dir=tmp_path / "rows")
+    for name in ("here", "there"):
+        classifier.save_pretrained(tmp_path / name)
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / name)
+        calls = Calls(loaded)
+        assert torch.equal(collect(model=loaded, output_dir=tmp_path / "rows").logits, first.logits)
+        assert calls.count == 0
+    other = BertForSequenceClassification.from_pretrained(tmp_path / "here", hidden_act="relu")
+    with pytest.raises(ValueError, match="which holds something else"):
+        collect(model=other, output_dir=tmp_path / "rows")
+
+
+def test_a_folder_is_of_one_folded_calibrator(collect, classifier, temperature, tmp_path):
+    fold_calibrator(classifier, temperature)
+    first = collect(output_dir=tmp_path)
+    assert torch.equal(collect(output_dir=tmp_path).logits, first.logits)
+    classifier._hf_calib_folded.temperature.mul_(2)  # the same weights, said to come from others
+    with pytest.raises(ValueError, match="which holds something else"):
+        collect(output_dir=tmp_path)
+
+
+DAMAGES = {
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 40),
+    "without values": lambda path: os.truncate(path, 128),
+    "empty": lambda path: os.truncate(path, 0),
+    "of another shape": lambda path: np.save(path, np.zeros((30, 2), np.float32)),
+    "of another dtype": lambda path: np.save(path, np.zeros((30, 3))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_logits_are_refused_and_kept(damage, collect, tmp_path):
+    collect(output_dir=tmp_path)
+    damage(tmp_path / "logits.npy")
+    before = state(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir: got .* damaged files; allowed are"):
+        collect(output_dir=tmp_path)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_interruption_between_the_files_leaves_a_folder_that_goes_on(stage, collect, tmp_path, monkeypatch):
+    expected, replace = collect(), os.replace
+
+    def stop(source, target):
+        if len(state(tmp_path)) > stage:  # both of the files come under another name first
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        collect(output_dir=tmp_path)
+    monkeypatch.undo()
+    assert len(state(tmp_path)) == stage + 1
+    assert torch.equal(collect(output_dir=tmp_path).logits, expected.logits)
+    assert sorted(state(tmp_path)) == ["logits.npy", "progress.json"]
+
+
+@pytest.mark.parametrize("name", ["logits.npy", "partial-logits.npy", "notes.txt"])
+def test_files_of_others_are_kept(name, collect, tmp_path):
+    (tmp_path / name).write_text("mine")
+    for folder in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match="which holds something else"):
+            collect(output_dir=folder)
+    assert state(tmp_path) == {name: b"mine"}
 
 
 # -- the fingerprint

@@ -47,9 +47,12 @@ def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def save_sentiment_classifier(folder, num_numbers: int = 4000) -> None:
-    """A classifier of negative and positive, with its tokenizer, that knows a few words and many numbers."""
+    """A far too sure classifier of negative and positive, with its tokenizer, that knows words and many numbers."""
     words = ["good", "fine", "great", "bad", "poor", "awful", *map(str, range(num_numbers))]
-    make_classifier(["negative", "positive"], len(SPECIAL) + len(words)).save_pretrained(folder)
+    model = make_classifier(["negative", "positive"], len(SPECIAL) + len(words))
+    with torch.no_grad():
+        model.classifier.weight *= 4
+    model.save_pretrained(folder)
     make_tokenizer(words).save_pretrained(folder)
 
 
@@ -58,6 +61,6 @@ def mostly_predicted(folder, texts: list[str]) -> list[str]:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.inference_mode():
         logits = model(**AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")).logits
-    wrong = torch.arange(len(texts)) % 4 == 0
+    wrong = torch.rand(len(texts), generator=torch.Generator().manual_seed(0)) < 0.25
     predicted = torch.where(wrong, logits.argsort(-1)[:, -2], logits.argmax(-1))
     return [model.config.id2label[index] for index in predicted.tolist()]
