@@ -247,10 +247,10 @@ def _load_model(model: str) -> tuple[Any, Any]:
             f"model: {model} holds adapters; allowed are whole models: merge_and_unload() and save it first"
         )
     with _naming("model", model):
-        check_head("model", AutoConfig.from_pretrained(model))
         try:
             classifier = load_calibrated(model)
         except FileNotFoundError:
+            check_head("model", AutoConfig.from_pretrained(model))
             classifier = AutoModelForSequenceClassification.from_pretrained(model)
         return classifier.eval(), AutoTokenizer.from_pretrained(model)
 
@@ -260,23 +260,22 @@ def _load_data(dataset: str, config: str | None, split: str) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
-    path = Path(dataset)
     _check_exists("dataset", dataset)
-    if path.is_file() and path.suffix not in BUILDERS:
-        raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(BUILDERS)}")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one")
+    path, source = Path(dataset), {"path": dataset, "name": config}
+    no_rows = ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one")
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(BUILDERS)}")
+        if path.stat().st_size == 0:
+            raise no_rows
+        source = {"path": BUILDERS[path.suffix], "data_files": {split: dataset}}
     with _naming("dataset", dataset):
         try:
-            if path.is_file():
-                return datasets.load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, split=split)
-            return datasets.load_dataset(dataset, config, split=split)
+            return datasets.load_dataset(**source, split=split)
         except DatasetGenerationError as error:  # whose own message says nothing
             raise (error.__cause__ or error) from None
         except ValueError as error:
-            if "corresponds to no data" in str(error):
-                raise ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one") from error
-            raise
+            raise (no_rows if "corresponds to no data" in str(error) else error) from None
 
 
 if __name__ == "__main__":

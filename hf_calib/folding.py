@@ -55,7 +55,7 @@ def fold_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> PreTraine
     layer = _logits_layer(model)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
     try:
-        _scale(layer, 1 / _divisor(calibrator))
+        _scale(layer, 1 / divisor(calibrator))
         deviation = float((_probe(model).softmax(-1) - wanted).abs().max())
         if not deviation <= TOLERANCE:  # written so that NaN is refused
             raise ValueError(
@@ -77,7 +77,7 @@ def unfold_calibrator(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             "model: no calibrator is known to be folded into it; load_calibrated knows it from the folder"
         )
-    _scale(_logits_layer(model), _divisor(calibrator))
+    _scale(_logits_layer(model), divisor(calibrator))
     forget_folded(model)
     return model
 
@@ -148,8 +148,8 @@ def _holds_rows(output: torch.Tensor, logits: torch.Tensor) -> bool:
     return bool((rows[None] == logits[:, None]).all(-1).any(-1).all())
 
 
-def _divisor(calibrator: Calibrator) -> float:
-    """What the calibrator divides logits by."""
+def divisor(calibrator: Calibrator | None) -> float:
+    """What a calibrator that can be folded, or none, divides logits by."""
     return calibrator.temperature.double().item() if isinstance(calibrator, TemperatureScaling) else 1.0
 
 

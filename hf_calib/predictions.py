@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attaching import folded_calibrator, in_eval_mode, is_folded, label_names_of, uncalibrated
-from .calibrators import TemperatureScaling
+from .folding import divisor
 
 
 PROGRESS_NAME, LOGITS_NAME = "progress.json", "logits.npy"
@@ -226,7 +226,7 @@ def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch
         model.config.to_json_string(use_diff=False),
         object_hook=lambda part: {key: value for key, value in part.items() if key not in INCIDENTAL},
     )
-    request = [encoded, labels.tolist(), config, _folded_divisor(model)]
+    request = [encoded, labels.tolist(), config, divisor(folded_calibrator(model))]
     digest = hashlib.sha256(json.dumps(request).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -234,24 +234,18 @@ def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch
     return digest.hexdigest()
 
 
-def _folded_divisor(model: PreTrainedModel) -> float:
-    """What a calibrator in the weights has divided the logits by."""
-    calibrator = folded_calibrator(model)
-    return calibrator.temperature.item() if isinstance(calibrator, TemperatureScaling) else 1.0
-
-
 def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size: int, store: _Store) -> None:
     """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    divisor = _folded_divisor(model)
+    folded = divisor(folded_calibrator(model))
     try:
         with torch.inference_mode(), in_eval_mode(model), uncalibrated(model):
             for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
                 if store.done[batch].all():
                     continue
                 inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
-                logits = model(**inputs, return_dict=True).logits.float() * divisor
+                logits = model(**inputs, return_dict=True).logits.float() * folded
                 store.put(batch, logits.cpu().numpy())
     finally:
         store.flush()

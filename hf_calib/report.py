@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .functional import (
-    accuracy,
-    brier_score,
-    negative_log_likelihood,
-)
+from .functional import accuracy, brier_score, negative_log_likelihood
 from .functional.binning import bin_numbers, interior_edges
 from .functional.calibration import events
 from .functional.checks import check_count, check_probs

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from hf_calib.functional import binning
 from hf_calib.functional.binning import bin_numbers, bin_sums, interior_edges
 
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+from .every import every_dtype
 
 
 def bins_of(scores, num_bins, how="width"):

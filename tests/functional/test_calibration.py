@@ -21,19 +21,10 @@ from hf_calib.functional import (
 )
 from hf_calib.functional.calibration import binned_error, events
 
+from .every import ERRORS, every_dtype
 
-ERRORS = {
-    "ece": expected_calibration_error,
-    "l2": partial(expected_calibration_error, norm="l2"),
-    "mass": partial(expected_calibration_error, binning="mass"),
-    "maximum": maximum_calibration_error,
-    "adaptive": adaptive_calibration_error,
-    "classwise": classwise_calibration_error,
-    "smooth": smooth_calibration_error,
-    "smooth-classwise": partial(smooth_calibration_error, target="class"),
-}
+
 every_error = pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 
 
 def softmax_rows(num_rows=500, num_labels=5, *, seed=0):

@@ -1,7 +1,6 @@
 """What every metric demands of its input, and the laws that every metric obeys."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,38 +9,22 @@ from hypothesis import strategies as st
 
 from hf_calib.functional import (
     accuracy,
-    adaptive_calibration_error,
     brier_score,
-    classwise_calibration_error,
     expected_calibration_error,
-    maximum_calibration_error,
     negative_log_likelihood,
     reliability_curve,
     smooth_calibration_error,
 )
 from hf_calib.functional.checks import check_count, check_labels, check_probs
 
+from .every import DTYPES, METRICS, every_dtype
 
-METRICS = {
-    "ece": expected_calibration_error,
-    "l2": partial(expected_calibration_error, norm="l2"),
-    "mass": partial(expected_calibration_error, binning="mass"),
-    "maximum": maximum_calibration_error,
-    "adaptive": adaptive_calibration_error,
-    "classwise": classwise_calibration_error,
-    "smooth": smooth_calibration_error,
-    "smooth-classwise": partial(smooth_calibration_error, target="class"),
-    "brier": brier_score,
-    "nll": negative_log_likelihood,
-    "accuracy": accuracy,
-}
+
 OF_EVENTS = {name: metric for name, metric in METRICS.items() if name != "accuracy"}
 HIGHEST = {"brier": 2.02, "nll": 87.34}  # others 1; the squares of a row that rounding has made too heavy exceed 2
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 every_metric = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 every_event_metric = pytest.mark.parametrize("metric", OF_EVENTS.values(), ids=OF_EVENTS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def softmax_rows(num_rows=60, num_labels=4, *, seed=0, scale=2.0, dtype=torch.float64):

@@ -10,12 +10,12 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from hf_calib.functional import accuracy, brier_score, negative_log_likelihood
 from hf_calib.functional.checks import PROBABILITY_FLOOR
 
+from .every import every_dtype
+
 
 FLOOR_NATS = 126 * math.log(2)
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCORES = [brier_score, negative_log_likelihood]
 every_score = pytest.mark.parametrize("score", SCORES, ids=lambda score: score.__name__)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture
