@@ -25,19 +25,23 @@ _MODULES = {
     "folding": ("apply_calibrator", "fold_calibrator", "unfold_calibrator"),
     "hub": ("load_calibrated", "push_calibrated", "save_calibrated"),
     "losses": ("LOSSES",),
+    "metrics": ("METRICS",),
     "models": ("CalibTransformerConfig", "CalibTransformerEncoderModel", "CalibTransformerForSequenceClassification"),
     "predictions": ("Predictions", "collect_predictions"),
     "report": ("CalibrationReport", "evaluate_calibration"),
     "training": ("CalibrationTrainer", "CalibrationTrainingArguments"),
 }
+_PACKAGES = ("functional", "metrics")
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+__all__ = ["__version__", *_PACKAGES, *sorted(_MODULE_OF)]
 
 _register()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .functional import accuracy, brier_score, negative_log_likelihood
-from .functional.binning import bin_numbers, interior_edges
 from .functional.calibration import events
-from .functional.checks import check_count, check_probs
-from .functional.resampling import SumStatistic, bootstrap_interval, mean_statistic, resample_counts
-from .functional.smoothing import NUM_CELLS, grid_position, smooth_error
+from .functional.resampling import Estimate
+from .metrics import bootstrap, compare
 
 
-NUM_BINS = 15
 SAME = 1e-6  # nats: less is rounding
 FEW = 30  # rows: a bootstrap interval over fewer is too narrow to be believed
 MANY = 1e6  # rows: nobody labels more to settle a difference so small
 TITLES = {"accuracy": "Accuracy", "nll": "NLL (nats)", "brier": "Brier", "ece": "ECE", "smooth_ece": "Smooth ECE"}
-HIGHEST = {"accuracy": 1.0, "nll": math.inf, "brier": 2.0, "ece": 1.0, "smooth_ece": 1.0}
-
-
-class Estimate(NamedTuple):
-    """A number and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -52,14 +36,17 @@ class CalibrationReport:
         record: dict[str, Any] = {"num_rows": self.num_rows, "num_resamples": self.num_resamples}
         for key in ("before", "after", "change"):
             if (estimates := getattr(self, key)) is not None:
-                record[key] = {name: estimate._asdict() for name, estimate in estimates.items()}
+                record[key] = {
+                    name: {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+                    for name, estimate in estimates.items()
+                }
         return record
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> CalibrationReport:
         """What `to_dict` gave; without the events, so without a figure."""
         estimates = {
-            key: {name: Estimate(**estimate) for name, estimate in record[key].items()}
+            key: {name: Estimate(**estimate, num_rows=record["num_rows"]) for name, estimate in record[key].items()}
             for key in ("before", "after", "change")
             if key in record
         }
@@ -89,7 +76,7 @@ class CalibrationReport:
                 TITLES[name],
                 str(self.before[name]),
                 str(estimate),
-                "{:+.4f} [{:+.3f}, {:+.3f}]".format(*self.change[name]),
+                "{:+.4f} [{:+.3f}, {:+.3f}]".format(*self.change[name][:3]),
             ]
             for name, estimate in self.after.items()
         ]
@@ -154,71 +141,24 @@ def evaluate_calibration(
     Source:
         Intervals: `hf_calib.functional.resampling.bootstrap_interval`. ECE with 15 bins: Guo et al. 2017.
     """
-    check_count("num_resamples", num_resamples)
-    sides = [check_probs(probs, labels, ignore_index=ignore_index)]
-    if before is not None:
-        if isinstance(before, torch.Tensor) and before.shape != probs.shape:
-            raise ValueError(
-                f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}"
-            )
-        sides.append(check_probs(before, labels, ignore_index=ignore_index, name="before"))
-    sides = [(rows.cpu(), happened.cpu()) for rows, happened in sides]
-    statistics = [_statistics(*side) for side in sides]
-    num_rows = len(sides[0][1])
-    values = _evaluate(statistics, torch.ones(num_rows, 1, dtype=torch.float64))
-    blocks = [_evaluate(statistics, counts) for counts in resample_counts(num_rows, num_resamples, seed=seed)]
-    replicates = [
-        {name: torch.cat([block[i][name] for block in blocks]) for name in values[i]} for i in range(len(sides))
-    ]
+    names = [name for name in TITLES if name != "accuracy" or (isinstance(probs, torch.Tensor) and probs.dim() > 1)]
+    options = {"num_resamples": num_resamples, "seed": seed, "ignore_index": ignore_index}
+    sides = [probs] if before is None else [probs, before]
+    if before is None:
+        found, estimates = None, bootstrap(names, probs, labels, **options)
+    else:
+        found = compare(names, before, probs, labels, **options)
+        estimates = {name: comparison.after for name, comparison in found.items()}
     return CalibrationReport(
-        num_rows,
+        next(iter(estimates.values())).num_rows,
         num_resamples,
-        *(_estimates(value, draws, HIGHEST) for value, draws in zip(values, replicates, strict=True)),
-        change=None if before is None else _estimates(_difference(*values), _difference(*replicates)),
-        events=tuple(tuple(column[:, 0] for column in events(*side)) for side in sides),
-    )
-
-
-def _evaluate(statistics: list[dict[str, SumStatistic]], counts: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{name: statistic(counts) for name, statistic in side.items()} for side in statistics]
-
-
-def _difference(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: after[name] - before[name] for name in after}
-
-
-def _estimates(
-    values: dict[str, torch.Tensor], replicates: dict[str, torch.Tensor], highest: dict[str, float] | None = None
-) -> dict[str, Estimate]:
-    """Each value with its interval, which ends at 0 and at `highest` where that is given."""
-    found = {}
-    for name, value in values.items():
-        low, high = bootstrap_interval(float(value), replicates[name])
-        if highest is not None:
-            low, high = max(low, 0.0), min(high, highest[name])
-        found[name] = Estimate(float(value), low, high)
-    return found
-
-
-def _statistics(probs: torch.Tensor, labels: torch.Tensor) -> dict[str, SumStatistic]:
-    """Every metric of the table as a function of sums over rows."""
-    rows = [("nll", negative_log_likelihood), ("brier", brier_score)]
-    if probs.dim() > 1:
-        rows.insert(0, ("accuracy", accuracy))
-    scores, outcomes = events(probs, labels)
-    residuals = outcomes.double() - scores.double()
-    bins = bin_numbers(scores, interior_edges(scores, NUM_BINS, "width"))
-    cells, upper = grid_position(scores)
-    return {
-        **{name: mean_statistic(function(probs, labels, reduction="none")) for name, function in rows},
-        "ece": SumStatistic(bins, residuals, NUM_BINS, lambda sums: sums.abs().sum(-1)),
-        "smooth_ece": SumStatistic(
-            torch.cat([cells, cells + 1], dim=1),
-            torch.cat([residuals * (1 - upper), residuals * upper], dim=1),
-            NUM_CELLS + 1,
-            smooth_error,
+        estimates,
+        before=found and {name: comparison.before for name, comparison in found.items()},
+        change=found and {name: comparison.change for name, comparison in found.items()},
+        events=tuple(
+            tuple(column[:, 0].cpu() for column in events(side, labels, ignore_index=ignore_index)) for side in sides
         ),
-    }
+    )
 
 
 def _round_up(count: float) -> int:

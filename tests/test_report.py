@@ -13,8 +13,8 @@ from hf_calib.functional import (
     negative_log_likelihood,
     smooth_calibration_error,
 )
-from hf_calib.functional.resampling import resample_counts
-from hf_calib.report import HIGHEST, TITLES, CalibrationReport, Estimate, _statistics, evaluate_calibration
+from hf_calib.functional.resampling import Estimate
+from hf_calib.report import TITLES, CalibrationReport, evaluate_calibration
 
 
 METRICS = {
@@ -49,8 +49,8 @@ def comparison():
 
 def a_change(gain, low, high, num_rows=1000):
     """A report whose NLL falls by `gain`, with the interval of that gain."""
-    estimates = {"nll": Estimate(0.5, 0.4, 0.6)}
-    change = {"nll": Estimate(-gain, -high, -low)}
+    estimates = {"nll": Estimate(0.5, 0.4, 0.6, num_rows)}
+    change = {"nll": Estimate(-gain, -high, -low, num_rows)}
     return CalibrationReport(num_rows, 1000, after=estimates, before=estimates, change=change)
 
 
@@ -66,18 +66,6 @@ def test_values_are_those_of_the_metrics(comparison):
     assert comparison.num_rows == 300
 
 
-@pytest.mark.parametrize("form", [rows_of_events, lambda: rows_of_classes()[::2]], ids=["events", "classes"])
-def test_a_resample_has_the_metrics_of_the_repeated_rows(form):
-    probs, labels = form()
-    counts = torch.cat(list(resample_counts(300, 5)), dim=1)
-    for name, statistic in _statistics(probs, labels).items():
-        found, all_once = statistic(counts), statistic(torch.ones(300, 1, dtype=torch.float64))
-        assert all_once.item() == pytest.approx(METRICS[name](probs, labels).item(), abs=1e-9), name
-        for value, column in zip(found, counts.T.long(), strict=True):
-            again = METRICS[name](probs.repeat_interleave(column, 0), labels.repeat_interleave(column))
-            assert value.item() == pytest.approx(again.item(), abs=1e-9), name
-
-
 def test_the_change_is_after_minus_before(comparison):
     for name in NAMES:
         expected = comparison.after[name].value - comparison.before[name].value
@@ -87,12 +75,13 @@ def test_the_change_is_after_minus_before(comparison):
 
 def test_every_interval_contains_its_value_and_keeps_the_metric_s_bounds(comparison):
     for side in (comparison.before, comparison.after, comparison.change):
-        for value, low, high in side.values():
+        for value, low, high, num_rows in side.values():
             assert low <= value <= high
+            assert num_rows == 300
     for side in (comparison.before, comparison.after):
         for name, estimate in side.items():
             assert estimate.low >= 0
-            assert estimate.high <= HIGHEST[name]
+            assert estimate.high <= {"nll": math.inf, "brier": 2}.get(name, 1)
 
 
 def test_no_interval_of_an_almost_perfect_model_leaves_0_to_1():
@@ -108,7 +97,7 @@ def test_no_interval_of_an_almost_perfect_model_leaves_0_to_1():
 def test_nothing_changes_when_before_is_after():
     sure, _, labels = rows_of_classes()
     report = evaluate_calibration(sure, labels, before=sure.clone(), num_resamples=50)
-    assert set(report.change.values()) == {Estimate(0.0, 0.0, 0.0)}
+    assert set(report.change.values()) == {Estimate(0.0, 0.0, 0.0, 300)}
     assert report.before == report.after
     assert report.verdict() == "Nothing changed: the probabilities are the same before and after."
 
@@ -306,8 +295,8 @@ def test_the_table_has_a_row_for_every_metric_and_a_column_for_every_side(compar
 
 
 def test_cells_are_written_with_four_digits_and_a_sign_for_the_change():
-    side = {"nll": Estimate(0.52341, 0.41, 0.6149)}
-    report = CalibrationReport(10, 20, after=side, before=side, change={"nll": Estimate(-0.01234, -0.02, 0.0301)})
+    side = {"nll": Estimate(0.52341, 0.41, 0.6149, 10)}
+    report = CalibrationReport(10, 20, after=side, before=side, change={"nll": Estimate(-0.01234, -0.02, 0.0301, 10)})
     cell = "0.5234 [0.410, 0.615]"
     assert report.rows() == [["NLL (nats)", cell, cell, "-0.0123 [-0.020, +0.030]"]]
 

@@ -8,13 +8,26 @@ from typing import NamedTuple
 import torch
 
 
-BLOCK_ELEMENTS = 2**23  # resample weights held at a time
+BLOCK_ELEMENTS = 2**21  # resample weights held at a time
+FEW = 4096  # rows up to which groups are resampled row by row
+
+
+class Estimate(NamedTuple):
+    """A number, its 95 % bootstrap interval, and how many rows are behind it."""
+
+    value: float
+    low: float
+    high: float
+    num_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 class SumStatistic(NamedTuple):
     """A metric as a function of sums over rows, which is what lets thousands of resamples cost a few passes.
 
-    Each row adds `values` to its `cells`; `finish` maps the sums, divided by the number of rows, to the metric.
+    Each row adds `values` to its `cells`; `finish` maps the sums to the metric.
     """
 
     cells: torch.Tensor  # (N, k) int64 in [0, size)
@@ -23,19 +36,19 @@ class SumStatistic(NamedTuple):
     finish: Callable[[torch.Tensor], torch.Tensor]  # (..., size) -> (...)
 
     def __call__(self, counts: torch.Tensor) -> torch.Tensor:
-        """The metric of rows that occur `counts` times: `(N, R)` float64 gives `(R,)` float64."""
+        """The metric of rows that occur `counts` times: `(N, R)` floating gives `(R,)` float64."""
         if self.size == 1:
-            return self.finish((self.values.sum(1) @ counts)[:, None] / len(counts))
-        sums = counts.new_zeros(self.size, counts.shape[1])
+            return self.finish((self.values.sum(1) @ counts)[:, None])
+        sums = torch.zeros(self.size, counts.shape[1], dtype=torch.float64)
         for cells, values in zip(self.cells.T, self.values.T, strict=True):
             sums.index_add_(0, cells, values[:, None] * counts)
-        return self.finish(sums.T / len(counts))
+        return self.finish(sums.T)
 
 
 def mean_statistic(values: torch.Tensor) -> SumStatistic:
-    """The mean of one value per row, `(N,)` float64."""
+    """The mean of one value per row, `(N,)` float64, in resamples of as many rows."""
     cells = torch.zeros(len(values), 1, dtype=torch.int64)
-    return SumStatistic(cells, values[:, None], 1, lambda sums: sums[..., 0])
+    return SumStatistic(cells, values[:, None], 1, lambda sums: sums[..., 0] / len(values))
 
 
 def resample_counts(num_rows: int, num_resamples: int, *, seed: int = 0) -> Iterator[torch.Tensor]:
@@ -55,9 +68,34 @@ def resample_counts(num_rows: int, num_resamples: int, *, seed: int = 0) -> Iter
     for start in range(0, num_resamples, block):
         size = min(block, num_resamples - start)
         drawn = torch.randint(num_rows, (size, num_rows), generator=generator)
-        drawn += torch.arange(size)[:, None] * num_rows
-        counts = torch.bincount(drawn.reshape(-1), minlength=size * num_rows)
-        yield counts.view(size, num_rows).T.to(torch.float64, memory_format=torch.contiguous_format)
+        # int8 is what a cache holds most of; a row is never drawn 128 times: 1 in 128! for many rows
+        counts = torch.zeros(size, num_rows, dtype=torch.int8)
+        counts.scatter_add_(1, drawn, counts.new_ones(1).expand(size, num_rows))
+        yield counts.T.to(torch.float64, memory_format=torch.contiguous_format)
+
+
+def resample_groups(counts: torch.Tensor, num_resamples: int, *, seed: int = 0) -> torch.Tensor:
+    """How often each group of equal rows occurs in resamples of all rows: what a streaming metric still knows of them.
+
+    Few rows are drawn one by one. Of many, each group's count is an independent Poisson number: the sizes of the
+    resamples then vary by `1 / sqrt(N)`, which drops out of every average (Chamandy et al. 2012, "Estimating
+    uncertainty for massive data streams").
+
+    Args:
+        counts (`torch.Tensor` of shape `(G,)`, float64, whole): rows in each group.
+        num_resamples (`int`): resamples in all.
+        seed (`int`): as in `resample_counts`.
+    Returns:
+        `torch.Tensor` of shape `(num_resamples, G)`, float64.
+    """
+    num_rows = int(counts.sum())
+    if num_rows > FEW:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.poisson(counts.float().expand(num_resamples, -1), generator=generator).double()
+    group = torch.arange(len(counts)).repeat_interleave(counts.long())
+    blocks = resample_counts(num_rows, num_resamples, seed=seed)
+    sums = [torch.zeros(len(counts), block.shape[1], dtype=torch.float64).index_add_(0, group, block) for block in blocks]
+    return torch.cat(sums, dim=1).T
 
 
 def bootstrap_interval(estimate: float, replicates: torch.Tensor, *, level: float = 0.95) -> tuple[float, float]:

@@ -51,17 +51,10 @@ def negative_log_likelihood(
     if log_probs is not None:
         check_choice("task", task, (None,))
         rows, labels = check_log_probs(log_probs, labels, ignore_index=ignore_index)
-        log_likelihood = rows.gather(-1, labels[:, None])[:, 0].double().clamp(math.log(PROBABILITY_FLOOR), 0)
+        log_likelihood = rows.gather(-1, labels[:, None])[:, 0].double()
+        surprise = 0 - log_likelihood.clamp(math.log(PROBABILITY_FLOOR), 0)
     else:
-        probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
-        if probs.dim() == 2 and task is None:
-            happened = probs.gather(-1, labels[:, None])[:, 0].double()
-        else:
-            happened = torch.where(labels == 1, probs.double(), 1 - probs.double())
-        log_likelihood = happened.clamp_min(PROBABILITY_FLOOR).log()
-        if log_likelihood.dim() == 2:
-            log_likelihood = log_likelihood.mean(-1)
-    surprise = 0 - log_likelihood  # and not -log_likelihood: certainty has surprise 0, not -0
+        surprise = row_surprise(*check_probs(probs, labels, task=task, ignore_index=ignore_index), task)
     return surprise.mean() if reduction == "mean" else surprise
 
 
@@ -97,13 +90,7 @@ def brier_score(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
-    if probs.dim() == 2 and task is None:
-        # sum_k (p_k - [y = k])^2 = sum_k p_k^2 - 2 p_y + 1, which needs no one-hot copy of the rows
-        happened = probs.gather(-1, labels[:, None])[:, 0].double()
-        scores = torch.linalg.vector_norm(probs, dim=-1, dtype=torch.float64).square() - 2 * happened + 1
-    else:
-        scores = (probs.double() - labels).square()
-        scores = scores if scores.dim() == 1 else scores.mean(-1)
+    scores = row_brier(probs, labels, task)
     return scores.mean() if reduction == "mean" else scores
 
 
@@ -124,7 +111,43 @@ def accuracy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     probs, labels = check_probs(probs, labels, ignore_index=ignore_index)
-    if probs.dim() != 2:
-        raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
-    correct = (probs.argmax(-1) == labels).double()
+    correct = row_correct(probs, labels)
     return correct.mean() if reduction == "mean" else correct
+
+
+def row_surprise(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None) -> torch.Tensor:
+    """Surprise of each row that `check_probs` has returned, in nats: `(N,)` float64."""
+    if probs.dim() == 2 and task is None:
+        happened = probs.gather(-1, labels[:, None])[:, 0].double()
+    else:
+        happened = torch.where(labels == 1, probs.double(), 1 - probs.double())
+    surprise = 0 - happened.clamp_min(PROBABILITY_FLOOR).log()  # and not -log: certainty has surprise 0, not -0
+    return surprise if surprise.dim() == 1 else surprise.mean(-1)
+
+
+def row_brier(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None) -> torch.Tensor:
+    """Brier score of each row that `check_probs` has returned: `(N,)` float64."""
+    if probs.dim() == 2 and task is None:
+        # sum_k (p_k - [y = k])^2 = sum_k p_k^2 - 2 p_y + 1, which needs no one-hot copy of the rows
+        happened = probs.gather(-1, labels[:, None])[:, 0].double()
+        return torch.linalg.vector_norm(probs, dim=-1, dtype=torch.float64).square() - 2 * happened + 1
+    scores = (probs.double() - labels).square()
+    return scores if scores.dim() == 1 else scores.mean(-1)
+
+
+def row_correct(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None) -> torch.Tensor:
+    """Whether the most probable class of each row that `check_probs` has returned is its label: `(N,)` float64."""
+    if probs.dim() != 2 or task is not None:
+        raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
+    return (probs.argmax(-1) == labels).double()
+
+
+def logits_of(probs: torch.Tensor) -> torch.Tensor:
+    """Logits whose softmax is `probs`, as calibrators take them: `(..., C)`, or `(...)` events as two classes.
+
+    Returns:
+        `torch.Tensor` of shape `(..., C)` or `(..., 2)`, float64: logarithms; of 0 that of `PROBABILITY_FLOOR`.
+    """
+    probs = probs.double()
+    rows = probs if probs.dim() > 1 else torch.stack([1 - probs, probs], dim=-1)
+    return rows.clamp_min(PROBABILITY_FLOOR).log()

@@ -34,6 +34,22 @@ def grid_masses(scores: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
     return (lower + upper).view(num_columns, -1) / num_rows
 
 
+def masses_of_cells(sums: torch.Tensor) -> torch.Tensor:
+    """`grid_masses` from sums over cells of confidence, each taken to lie at its mean confidence.
+
+    Args:
+        sums (`torch.Tensor` of shape `(3, ..., cells)`, float64): count, sum of scores, sum of outcomes.
+    Returns:
+        `torch.Tensor` of shape `(..., NUM_CELLS + 1)`, float64.
+    """
+    counts, scores, outcomes = sums
+    cells, upper_share = grid_position(scores / counts.clamp_min(1))
+    residuals = (outcomes - scores) / counts.sum(-1, keepdim=True)
+    masses = residuals.new_zeros(*residuals.shape[:-1], NUM_CELLS + 1)
+    masses.scatter_add_(-1, cells, residuals * (1 - upper_share))
+    return masses.scatter_add_(-1, cells + 1, residuals * upper_share)
+
+
 def grid_position(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid point below each score (int64, at most `NUM_CELLS - 1`) and the share of the point above it."""
     position = scores.double() * NUM_CELLS

@@ -1,0 +1,24 @@
+"""Streaming metrics: what `hf_calib.functional` computes of all rows, of rows that come in batches and processes."""
+
+from .base import EventMetric, MeanMetric, Metric, Rows
+from .collection import ComputeMetrics, MetricCollection
+from .decomposition import ScoreDecomposition, score_decomposition
+from .intervals import Comparison, bootstrap, compare
+from .registry import METRICS, make_metrics
+
+
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "ComputeMetrics",
+    "EventMetric",
+    "MeanMetric",
+    "Metric",
+    "MetricCollection",
+    "Rows",
+    "ScoreDecomposition",
+    "bootstrap",
+    "compare",
+    "make_metrics",
+    "score_decomposition",
+]

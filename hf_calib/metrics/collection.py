@@ -1,0 +1,127 @@
+"""Several metrics of the same rows, which are checked once; and the Trainer's `compute_metrics` made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..functional.resampling import Estimate
+from .base import Metric, Rows
+from .registry import make_metrics
+
+
+class MetricCollection:
+    """Metrics that see the same rows. Everything that one metric does, for all of them.
+
+    Args:
+        metrics (names in `METRICS`, or `dict` of `str` to [`Metric`], for options).
+        task (`None` or `"multilabel"`), ignore_index (`int`): as in `expected_calibration_error`.
+    Example:
+        >>> import torch
+        >>> metrics = MetricCollection(["accuracy", "brier"])
+        >>> for _ in range(3):
+        ...     metrics.update(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+        >>> metrics.compute()
+        {'accuracy': tensor(1., dtype=torch.float64), 'brier': tensor(0.5000, dtype=torch.float64)}
+    """
+
+    def __init__(
+        self, metrics: Sequence[str] | Mapping[str, Metric], *, task: str | None = None, ignore_index: int = -100
+    ):
+        self.metrics = make_metrics(metrics, task=task, ignore_index=ignore_index)
+        self.task, self.ignore_index = task, ignore_index
+
+    def update(self, probs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds rows; shapes and errors as in `expected_calibration_error`."""
+        rows = Rows(probs, labels, task=self.task, ignore_index=self.ignore_index)
+        for metric in self.metrics.values():
+            metric.add(rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows seen, ignored ones left out."""
+        return max((metric.num_rows for metric in self.metrics.values()), default=0)
+
+    def compute(self) -> dict[str, Any]:
+        """Every metric of all rows so far."""
+        return {name: metric.compute() for name, metric in self.metrics.items()}
+
+    def interval(self, **options: Any) -> dict[str, Estimate]:
+        """Every metric with its interval, as `Metric.interval`."""
+        return {name: metric.interval(**options) for name, metric in self.metrics.items()}
+
+    def merge(self, *others: MetricCollection) -> MetricCollection:
+        """Adds what others have seen. Returns the collection itself."""
+        for other in others:
+            if other.metrics.keys() != self.metrics.keys():
+                raise ValueError(f"others: got {', '.join(other.metrics)}; allowed are {', '.join(self.metrics)}")
+            for name, metric in self.metrics.items():
+                metric.merge(other.metrics[name])
+        return self
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def all_reduce(self) -> MetricCollection:
+        """A collection with the rows of all processes, as `Metric.all_reduce`."""
+        return MetricCollection({name: metric.all_reduce() for name, metric in self.metrics.items()}, task=self.task)
+
+
+class ComputeMetrics:
+    """`compute_metrics` for a `Trainer` with `batch_eval_metrics=True`: evaluation that keeps sums, never logits.
+
+    The model's first output are logits; padding (label -100) is left out. The Trainer has gathered a batch from all
+    processes before it comes here, so every process sees every row.
+
+    Args:
+        metrics, task: as in `MetricCollection`. Logits become probabilities by softmax, or by sigmoid when multi-label.
+        shift (`bool`): for causal language models, whose logits at a position are about the next one.
+    Example:
+        >>> import torch
+        >>> from transformers import EvalPrediction
+        >>> compute_metrics = ComputeMetrics(["accuracy", "nll"])
+        >>> batch = EvalPrediction(predictions=torch.zeros(2, 2), label_ids=torch.tensor([0, -100]))
+        >>> compute_metrics(batch, compute_result=False)
+        {}
+        >>> compute_metrics(batch, compute_result=True)
+        {'accuracy': 1.0, 'nll': 0.6931471805599453}
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] | Mapping[str, Metric] = ("accuracy", "nll", "brier", "ece"),
+        *,
+        task: str | None = None,
+        shift: bool = False,
+    ):
+        self.collection = MetricCollection(metrics, task=task)
+        self.shift = shift
+
+    def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        """Adds a batch; with `compute_result`, which the Trainer sets on the last one, the numbers of all of them."""
+        logits, labels = (_first_tensor(name, getattr(prediction, name)) for name in ("predictions", "label_ids"))
+        labels = labels.long()
+        if self.shift:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        logits = logits.float()
+        probs = logits.sigmoid() if self.collection.task == "multilabel" else logits.softmax(-1)
+        if bool((labels != self.collection.ignore_index).any()):
+            self.collection.update(probs, labels)
+        if not compute_result:
+            return {}
+        found = {name: float(value) for name, value in self.collection.compute().items()}
+        self.collection.reset()
+        return found
+
+
+def _first_tensor(name: str, value: Any) -> torch.Tensor:
+    """The logits, first of everything that a model returns; the labels, of which there is one kind."""
+    if isinstance(value, (tuple, list)):
+        if name == "label_ids" and len(value) > 1:
+            raise ValueError(f"label_ids: got {len(value)} kinds of labels; allowed is one per row")
+        value = value[0]
+    return torch.as_tensor(value)

@@ -1,0 +1,49 @@
+"""A metric is a name: the word in Python, on the command line, in `evaluate` and in reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .base import Metric
+from .calibration import (
+    AdaptiveCalibrationError,
+    CalibrationCurve,
+    ClasswiseCalibrationError,
+    DebiasedCalibrationError,
+    ExpectedCalibrationError,
+    MaximumCalibrationError,
+    Overconfidence,
+    SmoothCalibrationError,
+    Underconfidence,
+)
+from .scoring import Accuracy, BrierScore, NegativeLogLikelihood
+
+
+METRICS: dict[str, type[Metric]] = {
+    "accuracy": Accuracy,
+    "nll": NegativeLogLikelihood,
+    "brier": BrierScore,
+    "ece": ExpectedCalibrationError,
+    "smooth_ece": SmoothCalibrationError,
+    "debiased_ece": DebiasedCalibrationError,
+    "classwise_ece": ClasswiseCalibrationError,
+    "adaptive_ece": AdaptiveCalibrationError,
+    "mce": MaximumCalibrationError,
+    "overconfidence": Overconfidence,
+    "underconfidence": Underconfidence,
+    "calibration_curve": CalibrationCurve,
+}
+
+
+def make_metrics(
+    metrics: Sequence[str] | Mapping[str, Metric], *, task: str | None = None, ignore_index: int = -100
+) -> dict[str, Metric]:
+    """Fresh metrics by their names; a mapping is returned as it is. A ValueError lists the names when there is none."""
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics: got {name!r}; allowed are {', '.join(METRICS)}")
+    return {name: METRICS[name](task=task, ignore_index=ignore_index) for name in metrics}
