@@ -8,28 +8,55 @@ from .calibration import (
     ReliabilityCurve,
     adaptive_calibration_error,
     classwise_calibration_error,
+    debiased_calibration_error,
     expected_calibration_error,
     maximum_calibration_error,
+    overconfidence,
     reliability_curve,
     smooth_calibration_error,
+    underconfidence,
 )
 from .losses import brier_loss, cross_entropy_loss, focal_loss, label_smoothing_loss
 from .scoring import accuracy, brier_score, negative_log_likelihood
+from .selective import (
+    RiskCoverageCurve,
+    accuracy_at_coverage,
+    area_under_generalised_risk_coverage,
+    area_under_risk_coverage,
+    confidence_auroc,
+    coverage_at_risk,
+    risk_coverage_curve,
+)
+from .significance import CalibrationTest, kolmogorov_smirnov_test, kuiper_test, spiegelhalter_test
 
 
 __all__ = [
+    "CalibrationTest",
     "ReliabilityCurve",
+    "RiskCoverageCurve",
     "accuracy",
+    "accuracy_at_coverage",
     "adaptive_calibration_error",
+    "area_under_generalised_risk_coverage",
+    "area_under_risk_coverage",
     "brier_loss",
     "brier_score",
     "classwise_calibration_error",
+    "confidence_auroc",
+    "coverage_at_risk",
     "cross_entropy_loss",
+    "debiased_calibration_error",
     "expected_calibration_error",
     "focal_loss",
+    "kolmogorov_smirnov_test",
+    "kuiper_test",
     "label_smoothing_loss",
     "maximum_calibration_error",
     "negative_log_likelihood",
+    "overconfidence",
     "reliability_curve",
+    "risk_coverage_curve",
     "smooth_calibration_error",
+    "spiegelhalter_test",
+    "underconfidence",
 ]

@@ -3,6 +3,7 @@
 from .base import EventMetric, MeanMetric, Metric, Rows
 from .collection import ComputeMetrics, MetricCollection
 from .decomposition import ScoreDecomposition, score_decomposition
+from .grouped import GroupedMetric, Groups, bootstrap_groups
 from .intervals import Comparison, bootstrap, compare
 from .registry import METRICS, make_metrics
 
@@ -12,12 +13,15 @@ __all__ = [
     "Comparison",
     "ComputeMetrics",
     "EventMetric",
+    "GroupedMetric",
+    "Groups",
     "MeanMetric",
     "Metric",
     "MetricCollection",
     "Rows",
     "ScoreDecomposition",
     "bootstrap",
+    "bootstrap_groups",
     "compare",
     "make_metrics",
     "score_decomposition",

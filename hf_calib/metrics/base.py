@@ -117,15 +117,14 @@ class Metric:
         """
         self._check_rows()
         replicates = self._replicates(self.sums.cpu(), num_resamples, seed)
-        return self.estimate(self.compute(), replicates, self.num_rows, level=level)
+        return self.estimate(self._value(self.sums), replicates, self.num_rows, level=level)
 
-    @classmethod
     def estimate(
-        cls, value: torch.Tensor, replicates: torch.Tensor, num_rows: int, *, level: float = 0.95
+        self, value: torch.Tensor, replicates: torch.Tensor, num_rows: int, *, level: float = 0.95
     ) -> Estimate:
         """A value and its interval, which ends where the metric does."""
         low, high = bootstrap_interval(float(value), replicates, level=level)
-        return Estimate(float(value), max(low, cls.bounds[0]), min(high, cls.bounds[1]), num_rows)
+        return Estimate(float(value), max(low, self.bounds[0]), min(high, self.bounds[1]), num_rows)
 
     def merge(self, *others: Metric) -> Metric:
         """Adds what others have seen, which must be the same metric with the same options. Returns the metric."""
@@ -161,7 +160,9 @@ class Metric:
 
     def _add(self, sums: torch.Tensor, num_rows: int) -> Metric:
         if self.sums is not None and len(self.sums) != len(sums):
-            raise ValueError(f"probs: other classes than in earlier rows: {len(sums)} sums, and before {len(self.sums)}")
+            raise ValueError(
+                f"probs: got other classes than in earlier rows, {len(sums)} sums; allowed are {len(self.sums)}"
+            )
         self.sums = sums.clone() if self.sums is None else self.sums + sums.to(self.sums.device)
         self.num_rows += num_rows
         return self

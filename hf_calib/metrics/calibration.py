@@ -115,7 +115,7 @@ class Underconfidence(ExpectedCalibrationError):
 
 
 class ClasswiseCalibrationError(ExpectedCalibrationError):
-    """`classwise_calibration_error`, streaming. *When to use:* where every class's probability is used, not the top."""
+    """`classwise_calibration_error`, streaming. *When to use:* where every class's probability is used."""
 
     name = "classwise_ece"
     function = staticmethod(exact.classwise_calibration_error)

@@ -78,7 +78,7 @@ class ComputeMetrics:
     processes before it comes here, so every process sees every row.
 
     Args:
-        metrics, task: as in `MetricCollection`. Logits become probabilities by softmax, or by sigmoid when multi-label.
+        metrics, task: as in `MetricCollection`. Logits become probabilities by softmax, when multi-label by sigmoid.
         shift (`bool`): for causal language models, whose logits at a position are about the next one.
     Example:
         >>> import torch

@@ -61,14 +61,8 @@ def score_decomposition(
     check_choice("score", score, SCORES)
     probs, labels = check_probs(probs, labels, task=task, ignore_index=ignore_index)
     if task == "multilabel":
-        columns = zip(probs.T, labels.T, strict=True)
-        parts = [
-            score_decomposition(
-                column[kept], happened[kept], score=score, calibrator=calibrator, num_folds=num_folds, seed=seed
-            )
-            for column, happened in columns
-            if (kept := happened != ignore_index).any()
-        ]
+        options = {"score": score, "calibrator": calibrator, "num_folds": num_folds, "seed": seed}
+        parts = [score_decomposition(*column, **options) for column in zip(probs.T, labels.T, strict=True)]
         return ScoreDecomposition(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
 
     def fit(logits: torch.Tensor, labels: torch.Tensor):

@@ -17,6 +17,15 @@ from .calibration import (
     Underconfidence,
 )
 from .scoring import Accuracy, BrierScore, NegativeLogLikelihood
+from .selective import (
+    AccuracyAtCoverage,
+    AreaUnderGeneralisedRiskCoverage,
+    AreaUnderRiskCoverage,
+    ConfidenceAUROC,
+    CoverageAtRisk,
+    RiskCoverage,
+)
+from .significance import KolmogorovSmirnov, Kuiper, Spiegelhalter
 
 
 METRICS: dict[str, type[Metric]] = {
@@ -31,14 +40,23 @@ METRICS: dict[str, type[Metric]] = {
     "mce": MaximumCalibrationError,
     "overconfidence": Overconfidence,
     "underconfidence": Underconfidence,
+    "ks": KolmogorovSmirnov,
+    "kuiper": Kuiper,
+    "spiegelhalter": Spiegelhalter,
+    "aurc": AreaUnderRiskCoverage,
+    "augrc": AreaUnderGeneralisedRiskCoverage,
+    "auroc": ConfidenceAUROC,
+    "accuracy_at_coverage": AccuracyAtCoverage,
+    "coverage_at_risk": CoverageAtRisk,
     "calibration_curve": CalibrationCurve,
+    "risk_coverage_curve": RiskCoverage,
 }
 
 
 def make_metrics(
     metrics: Sequence[str] | Mapping[str, Metric], *, task: str | None = None, ignore_index: int = -100
 ) -> dict[str, Metric]:
-    """Fresh metrics by their names; a mapping is returned as it is. A ValueError lists the names when there is none."""
+    """Fresh metrics by their names, or the mapping itself; a ValueError lists the names when there is none."""
     if isinstance(metrics, Mapping):
         return dict(metrics)
     if isinstance(metrics, str):
