@@ -27,6 +27,14 @@ from .selective import (
     coverage_at_risk,
     risk_coverage_curve,
 )
+from .sequence import (
+    entity_events,
+    inference_events,
+    sequence_events,
+    span_events,
+    token_events,
+    weighted_calibration_error,
+)
 from .significance import CalibrationTest, kolmogorov_smirnov_test, kuiper_test, spiegelhalter_test
 
 
@@ -46,8 +54,10 @@ __all__ = [
     "coverage_at_risk",
     "cross_entropy_loss",
     "debiased_calibration_error",
+    "entity_events",
     "expected_calibration_error",
     "focal_loss",
+    "inference_events",
     "kolmogorov_smirnov_test",
     "kuiper_test",
     "label_smoothing_loss",
@@ -56,7 +66,11 @@ __all__ = [
     "overconfidence",
     "reliability_curve",
     "risk_coverage_curve",
+    "sequence_events",
     "smooth_calibration_error",
+    "span_events",
     "spiegelhalter_test",
+    "token_events",
     "underconfidence",
+    "weighted_calibration_error",
 ]

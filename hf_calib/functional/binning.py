@@ -8,7 +8,8 @@ from .checks import check_choice, check_count
 
 
 BINNINGS = ("width", "mass")
-BLOCK_ELEMENTS = 2**22  # how many scores are binned at a time: bounds the memory of the int64 bin numbers
+BLOCK_ELEMENTS = 2**19  # scores binned at a time: small enough for a cache, large enough for a call to pay
+FEW_EDGES = 32  # up to here a comparison with each edge is quicker than a search
 
 
 def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.Tensor:
@@ -34,7 +35,12 @@ def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.T
 
 def bin_numbers(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """The bin of each score: `(N, K)` scores and `(K, num_bins - 1)` edges give `(N, K)` int64 in `[0, num_bins)`."""
-    return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
+    if edges.shape[1] > FEW_EDGES:
+        return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
+    numbers, above = torch.zeros_like(scores), torch.empty_like(scores)
+    for edge in edges.T:
+        numbers += torch.gt(scores, edge, out=above)  # floating, which torch vectorises; bool it does not
+    return numbers.long()
 
 
 def bin_sums(scores: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:

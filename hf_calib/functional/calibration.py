@@ -9,6 +9,7 @@ import torch
 
 from .binning import bin_sums, interior_edges
 from .checks import check_choice, check_probs
+from .scoring import row_top
 from .smoothing import grid_masses, smooth_error
 
 
@@ -284,7 +285,7 @@ def checked_events(
         return probs[:, None], (labels == 1)[:, None]
     if target == "class":
         return probs, labels[:, None] == torch.arange(probs.shape[1], device=labels.device)
-    confidence, predicted = probs.max(-1, keepdim=True)
+    confidence, predicted = row_top(probs)
     return confidence, predicted == labels[:, None]
 
 

@@ -94,7 +94,9 @@ def resample_groups(counts: torch.Tensor, num_resamples: int, *, seed: int = 0) 
         return torch.poisson(counts.float().expand(num_resamples, -1), generator=generator).double()
     group = torch.arange(len(counts)).repeat_interleave(counts.long())
     blocks = resample_counts(num_rows, num_resamples, seed=seed)
-    sums = [torch.zeros(len(counts), block.shape[1], dtype=torch.float64).index_add_(0, group, block) for block in blocks]
+    sums = [
+        torch.zeros(len(counts), block.shape[1], dtype=torch.float64).index_add_(0, group, block) for block in blocks
+    ]
     return torch.cat(sums, dim=1).T
 
 
@@ -104,6 +106,7 @@ def bootstrap_interval(estimate: float, replicates: torch.Tensor, *, level: floa
     For a mean (NLL, Brier, accuracy) the move is nothing but noise and this is the percentile interval. A plug-in
     calibration error is biased upward and resampling adds the same bias again; without the move the interval of a
     well-calibrated model lies wholly above its own estimate. What remains is the bias of the estimate itself.
+    Resamples on which the statistic is not defined (NaN, as AUROC where all rows are right) are left out.
 
     Args:
         estimate (`float`): the statistic on the rows themselves.
@@ -115,5 +118,5 @@ def bootstrap_interval(estimate: float, replicates: torch.Tensor, *, level: floa
         Efron & Tibshirani 1993, chapters 10 and 13.
     """
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = (torch.quantile(replicates, tails) - replicates.mean() + estimate).tolist()
+    low, high = (torch.nanquantile(replicates, tails) - replicates.nanmean() + estimate).tolist()
     return low, high

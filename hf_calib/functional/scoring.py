@@ -10,6 +10,7 @@ from .checks import PROBABILITY_FLOOR, check_choice, check_log_probs, check_prob
 
 
 REDUCTIONS = ("mean", "none")
+FEW_CLASSES = 20  # torch's max over a row is slow for fewer
 
 
 def negative_log_likelihood(
@@ -135,11 +136,27 @@ def row_brier(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None
     return scores if scores.dim() == 1 else scores.mean(-1)
 
 
+def row_top(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest probability of each row that `check_probs` has returned and its class, the first of equals.
+
+    `(N, 1)` each, as `probs.max(-1, keepdim=True)` gives them.
+    """
+    num_classes = probs.shape[1]
+    if num_classes > FEW_CLASSES:
+        return probs.max(-1, keepdim=True)
+    # class by class these are a few vectorised passes: mark every highest one, and the first mark weighs the most
+    by_class = torch.stack(probs.unbind(-1))
+    confidence = by_class.amax(0)
+    weights = torch.arange(num_classes, 0, -1, dtype=probs.dtype, device=probs.device)
+    first = by_class.eq_(confidence).mul_(weights[:, None]).amax(0)
+    return confidence[:, None], num_classes - first.long()[:, None]
+
+
 def row_correct(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None) -> torch.Tensor:
     """Whether the most probable class of each row that `check_probs` has returned is its label: `(N,)` float64."""
     if probs.dim() != 2 or task is not None:
         raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
-    return (probs.argmax(-1) == labels).double()
+    return (row_top(probs)[1][:, 0] == labels).double()
 
 
 def logits_of(probs: torch.Tensor) -> torch.Tensor:

@@ -6,20 +6,26 @@ from .decomposition import ScoreDecomposition, score_decomposition
 from .grouped import GroupedMetric, Groups, bootstrap_groups
 from .intervals import Comparison, bootstrap, compare
 from .registry import METRICS, make_metrics
+from .structured import EntityMetric, InferenceMetric, SequenceMetric, SpanMetric, TokenMetric
 
 
 __all__ = [
     "METRICS",
     "Comparison",
     "ComputeMetrics",
+    "EntityMetric",
     "EventMetric",
     "GroupedMetric",
     "Groups",
+    "InferenceMetric",
     "MeanMetric",
     "Metric",
     "MetricCollection",
     "Rows",
     "ScoreDecomposition",
+    "SequenceMetric",
+    "SpanMetric",
+    "TokenMetric",
     "bootstrap",
     "bootstrap_groups",
     "compare",

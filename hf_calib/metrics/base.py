@@ -88,6 +88,7 @@ class Metric:
     name: ClassVar[str]  # the key in METRICS
     function: ClassVar[Callable]  # the same, exactly, of all rows at once
     higher_is_better: ClassVar[bool] = False
+    is_curve: ClassVar[bool] = False  # more than a number
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)  # where an interval ends
 
     def __init__(self, *, task: str | None = None, ignore_index: int = -100):
@@ -98,16 +99,28 @@ class Metric:
 
     def update(self, probs: torch.Tensor, labels: torch.Tensor) -> Metric:
         """Adds rows; shapes and errors as in the function. Returns the metric itself."""
-        return self.add(Rows(probs, labels, task=self.task, ignore_index=self.ignore_index))
+        rows = Rows(probs, labels, task=self.task, ignore_index=self.ignore_index)
+        return self.add(self.sums_of(rows), len(rows))
 
-    def add(self, rows: Rows) -> Metric:
-        """`update` with rows that are already checked, as several metrics share them."""
-        return self._add(self._sums(rows).reshape(-1), len(rows))
+    def sums_of(self, rows: Rows) -> torch.Tensor:
+        """What checked rows add to the state, `(size,)` float64, which stays as it is."""
+        sums = self._sums(rows).reshape(-1)
+        if self.sums is not None and len(self.sums) != len(sums):
+            raise ValueError(
+                f"probs: got other classes than in earlier rows, {len(sums)} sums; allowed are {len(self.sums)}"
+            )
+        return sums
 
-    def compute(self) -> torch.Tensor:
-        """The metric of all rows so far: `()`, float64."""
+    def add(self, sums: torch.Tensor, num_rows: int) -> Metric:
+        """Adds sums over rows to the state. Returns the metric itself."""
+        self.sums = sums.clone() if self.sums is None else self.sums + sums.to(self.sums.device)
+        self.num_rows += num_rows
+        return self
+
+    def compute(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The metric of all rows so far: `()`, float64; or the named tuple that the function returns."""
         self._check_rows()
-        return self._value(self.sums)
+        return self._result(self.sums)
 
     def interval(self, *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Estimate:
         """The value with its bootstrap interval, from the sums alone: rows need not be kept.
@@ -132,7 +145,7 @@ class Metric:
             if other.options() != self.options():
                 raise ValueError(f"others: got {other!r}; allowed are equal metrics, {self!r}")
             if other.sums is not None:
-                self._add(other.sums, other.num_rows)
+                self.add(other.sums, other.num_rows)
         return self
 
     def reset(self) -> Metric:
@@ -158,15 +171,6 @@ class Metric:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items() if key != "name")
         return f"{type(self).__name__}({options})"
 
-    def _add(self, sums: torch.Tensor, num_rows: int) -> Metric:
-        if self.sums is not None and len(self.sums) != len(sums):
-            raise ValueError(
-                f"probs: got other classes than in earlier rows, {len(sums)} sums; allowed are {len(self.sums)}"
-            )
-        self.sums = sums.clone() if self.sums is None else self.sums + sums.to(self.sums.device)
-        self.num_rows += num_rows
-        return self
-
     def _check_rows(self) -> None:
         if self.num_rows == 0:
             raise ValueError(f"{self.name}: no row was seen; call update(probs, labels) first")
@@ -175,8 +179,12 @@ class Metric:
         raise NotImplementedError
 
     def _value(self, sums: torch.Tensor) -> torch.Tensor:
-        """What `(..., size)` sums mean: `(...)`."""
+        """The number that `(..., size)` sums mean: `(...)`."""
         raise NotImplementedError
+
+    def _result(self, sums: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What `compute` returns, where that is more than a number."""
+        return self._value(sums)
 
     def _replicates(self, sums: torch.Tensor, num_resamples: int, seed: int) -> torch.Tensor:
         """The value of resamples, `(num_resamples,)`, from the sums alone."""

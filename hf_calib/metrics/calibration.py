@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..functional import calibration as exact
-from ..functional.binning import BINNINGS
+from ..functional.binning import BINNINGS, bin_numbers, interior_edges
 from ..functional.calibration import (
     DEBIASED_NORMS,
     NORMS,
@@ -16,6 +16,7 @@ from ..functional.calibration import (
 )
 from ..functional.checks import check_choice, check_count
 from ..functional.resampling import SumStatistic
+from ..functional.sequence import weighted_bin_sums, weighted_calibration_error
 from ..functional.smoothing import NUM_CELLS as NUM_GRID_CELLS
 from ..functional.smoothing import grid_position, masses_of_cells, smooth_error
 from .base import NUM_CELLS, EventMetric, Metric, Rows
@@ -190,6 +191,7 @@ class CalibrationCurve(BinnedMetric):
     """
 
     name = "calibration_curve"
+    is_curve = True
     function = staticmethod(exact.reliability_curve)
 
     def __init__(self, *, num_bins: int = 15, task: str | None = None, ignore_index: int = -100):
@@ -199,8 +201,44 @@ class CalibrationCurve(BinnedMetric):
     def statistic(self, rows: Rows) -> SumStatistic:
         return Metric.statistic(self, rows)
 
-    def compute(self) -> ReliabilityCurve:
-        """Edges, counts, confidence and accuracy of each bin."""
-        self._check_rows()
-        edges = torch.linspace(0, 1, self.num_bins + 1, dtype=torch.float64, device=self.sums.device)
-        return curve_of_sums(self._bins(self.sums.view(3, -1)), edges)
+    def _result(self, sums: torch.Tensor) -> ReliabilityCurve:
+        edges = torch.linspace(0, 1, self.num_bins + 1, dtype=torch.float64, device=sums.device)
+        return curve_of_sums(self._bins(sums.view(3, -1)), edges)
+
+
+class WeightedCalibrationError(Metric):
+    """`weighted_calibration_error`, streaming. *When to use:* for the distributions that a decoder searches.
+
+    State: weights, weighted confidence and weighted outcomes of each bin, `(3, num_bins)` float64.
+
+    Args:
+        num_bins, ignore_index: as in `weighted_calibration_error`.
+    """
+
+    name = "weighted_ece"
+    function = staticmethod(weighted_calibration_error)
+
+    def __init__(self, *, num_bins: int = 15, task: str | None = None, ignore_index: int = -100):
+        check_choice("task", task, (None,))
+        check_count("num_bins", num_bins)
+        super().__init__(ignore_index=ignore_index)
+        self.num_bins = num_bins
+
+    def statistic(self, rows: Rows) -> SumStatistic:
+        weights, labels = rows.probs.cpu(), rows.labels.cpu()[:, None]
+        bins = bin_numbers(weights, interior_edges(weights, self.num_bins, "width"))
+        weights, sums = weights.double(), torch.zeros(3, len(rows), self.num_bins, dtype=torch.float64)
+        sums[0].scatter_add_(1, bins, weights)
+        sums[1].scatter_add_(1, bins, weights.square())
+        sums[2].scatter_add_(1, bins.gather(1, labels), weights.gather(1, labels))
+        values = sums.movedim(0, 1).flatten(1)
+        size = values.shape[1]
+        return SumStatistic(torch.arange(size).expand(len(rows), -1), values, size, self._value)
+
+    def _sums(self, rows: Rows) -> torch.Tensor:
+        if rows.probs.dim() != 2:
+            raise ValueError(f"probs: got shape {tuple(rows.probs.shape)}; allowed are (..., C) class probabilities")
+        return weighted_bin_sums(rows.probs, rows.labels, self.num_bins)
+
+    def _value(self, sums: torch.Tensor) -> torch.Tensor:
+        return binned_error(sums.unflatten(-1, (3, -1)).movedim(-2, 0))

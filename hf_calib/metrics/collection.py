@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..functional.resampling import Estimate
+from ..functional.significance import CalibrationTest
 from .base import Metric, Rows
 from .registry import make_metrics
 
@@ -36,8 +37,9 @@ class MetricCollection:
     def update(self, probs: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds rows; shapes and errors as in `expected_calibration_error`."""
         rows = Rows(probs, labels, task=self.task, ignore_index=self.ignore_index)
-        for metric in self.metrics.values():
-            metric.add(rows)
+        found = [(metric, metric.sums_of(rows)) for metric in self.metrics.values()]
+        for metric, sums in found:  # not before every metric has accepted the rows
+            metric.add(sums, len(rows))
 
     @property
     def num_rows(self) -> int:
@@ -99,6 +101,8 @@ class ComputeMetrics:
         shift: bool = False,
     ):
         self.collection = MetricCollection(metrics, task=task)
+        if curves := [name for name, metric in self.collection.metrics.items() if metric.is_curve]:
+            raise ValueError(f"metrics: {', '.join(curves)} is no number, which is what a Trainer logs")
         self.shift = shift
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
@@ -113,9 +117,22 @@ class ComputeMetrics:
             self.collection.update(probs, labels)
         if not compute_result:
             return {}
-        found = {name: float(value) for name, value in self.collection.compute().items()}
+        found = self.collection.compute()
         self.collection.reset()
-        return found
+        return named_numbers(found)
+
+
+def named_numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `compute` gives as plain floats: of a test `NAME` and `NAME_p_value`, of a curve a list for each column."""
+    numbers: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, CalibrationTest):
+            numbers |= {name: float(value.statistic), f"{name}_p_value": float(value.p_value)}
+        elif isinstance(value, tuple):
+            numbers |= {f"{name}_{column}": entries.tolist() for column, entries in value._asdict().items()}
+        else:
+            numbers[name] = float(value)
+    return numbers
 
 
 def _first_tensor(name: str, value: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from .calibration import (
     Overconfidence,
     SmoothCalibrationError,
     Underconfidence,
+    WeightedCalibrationError,
 )
 from .scoring import Accuracy, BrierScore, NegativeLogLikelihood
 from .selective import (
@@ -40,6 +41,7 @@ METRICS: dict[str, type[Metric]] = {
     "mce": MaximumCalibrationError,
     "overconfidence": Overconfidence,
     "underconfidence": Underconfidence,
+    "weighted_ece": WeightedCalibrationError,
     "ks": KolmogorovSmirnov,
     "kuiper": Kuiper,
     "spiegelhalter": Spiegelhalter,

@@ -98,12 +98,11 @@ class RiskCoverage(ConfidenceMetric):
     """`risk_coverage_curve`, streaming, a point per cell: `compute` gives a `RiskCoverageCurve`; without interval."""
 
     name = "risk_coverage_curve"
+    is_curve = True
     function = staticmethod(exact.risk_coverage_curve)
 
-    def compute(self) -> RiskCoverageCurve:
-        """Coverage, risk and threshold, from the surest rows down."""
-        self._check_rows()
-        return exact.risk_coverage_of_sums(self.sums.view(3, -1))
+    def _result(self, sums: torch.Tensor) -> RiskCoverageCurve:
+        return exact.risk_coverage_of_sums(sums.view(3, -1))
 
     def statistic(self, rows: Rows) -> SumStatistic:
         return Metric.statistic(self, rows)

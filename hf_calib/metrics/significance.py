@@ -20,10 +20,8 @@ class CumulativeTest(ConfidenceMetric):
 
     test_of_sums: ClassVar[Callable[[torch.Tensor], CalibrationTest]]
 
-    def compute(self) -> CalibrationTest:
-        """Statistic and p-value, `()` float64 each."""
-        self._check_rows()
-        return type(self).test_of_sums(self.sums.view(3, -1))
+    def _result(self, sums: torch.Tensor) -> CalibrationTest:
+        return type(self).test_of_sums(sums.view(3, -1))
 
     def _finish(self, sums: torch.Tensor) -> torch.Tensor:
         return type(self).test_of_sums(sums).statistic
@@ -62,10 +60,8 @@ class Spiegelhalter(Metric):
         check_choice("task", task, (None,))
         super().__init__(ignore_index=ignore_index)
 
-    def compute(self) -> CalibrationTest:
-        """Statistic and p-value, `()` float64 each."""
-        self._check_rows()
-        return exact.spiegelhalter_of_sums(self.sums)
+    def _result(self, sums: torch.Tensor) -> CalibrationTest:
+        return exact.spiegelhalter_of_sums(sums)
 
     def _sums(self, rows: Rows) -> torch.Tensor:
         scores, outcomes = rows.top

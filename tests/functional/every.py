@@ -7,13 +7,23 @@ import torch
 
 from hf_calib.functional import (
     accuracy,
+    accuracy_at_coverage,
     adaptive_calibration_error,
+    area_under_generalised_risk_coverage,
+    area_under_risk_coverage,
     brier_score,
     classwise_calibration_error,
+    coverage_at_risk,
+    debiased_calibration_error,
     expected_calibration_error,
+    kolmogorov_smirnov_test,
+    kuiper_test,
     maximum_calibration_error,
     negative_log_likelihood,
+    overconfidence,
     smooth_calibration_error,
+    underconfidence,
+    weighted_calibration_error,
 )
 
 
@@ -22,12 +32,33 @@ ERRORS = {
     "ece": expected_calibration_error,
     "l2": partial(expected_calibration_error, norm="l2"),
     "mass": partial(expected_calibration_error, binning="mass"),
+    "debiased": debiased_calibration_error,
+    "debiased-l1": partial(debiased_calibration_error, norm="l1"),
+    "overconfidence": overconfidence,
     "maximum": maximum_calibration_error,
     "adaptive": adaptive_calibration_error,
     "classwise": classwise_calibration_error,
     "smooth": smooth_calibration_error,
     "smooth-classwise": partial(smooth_calibration_error, target="class"),
 }
-METRICS = {**ERRORS, "brier": brier_score, "nll": negative_log_likelihood, "accuracy": accuracy}
+
+
+def statistic(test):
+    """A test of calibration as a metric: its statistic."""
+    return lambda *rows, **options: test(*rows, **options).statistic
+
+
+# metrics that take several labels at once, those that take events, and all: those that take class probabilities
+MULTILABEL = {**ERRORS, "underconfidence": underconfidence, "brier": brier_score, "nll": negative_log_likelihood}
+OF_EVENTS = {
+    **MULTILABEL,
+    "ks": statistic(kolmogorov_smirnov_test),
+    "kuiper": statistic(kuiper_test),
+    "aurc": area_under_risk_coverage,
+    "augrc": area_under_generalised_risk_coverage,
+    "accuracy-at-coverage": accuracy_at_coverage,
+    "coverage-at-risk": coverage_at_risk,
+}
+METRICS = {**OF_EVENTS, "accuracy": accuracy, "weighted": weighted_calibration_error}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

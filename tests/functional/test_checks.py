@@ -17,14 +17,14 @@ from hf_calib.functional import (
 )
 from hf_calib.functional.checks import check_count, check_labels, check_probs
 
-from .every import DTYPES, METRICS, every_dtype
+from .every import DTYPES, METRICS, MULTILABEL, OF_EVENTS, every_dtype
 
 
-OF_EVENTS = {name: metric for name, metric in METRICS.items() if name != "accuracy"}
 HIGHEST = {"brier": 2.02, "nll": 87.34}  # others 1; the squares of a row that rounding has made too heavy exceed 2
 
 every_metric = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 every_event_metric = pytest.mark.parametrize("metric", OF_EVENTS.values(), ids=OF_EVENTS)
+every_multilabel_metric = pytest.mark.parametrize("metric", MULTILABEL.values(), ids=MULTILABEL)
 
 
 def softmax_rows(num_rows=60, num_labels=4, *, seed=0, scale=2.0, dtype=torch.float64):
@@ -73,7 +73,7 @@ def test_ignored_rows_have_no_influence(metric, ignore_index):
     assert torch.equal(metric(nonsense, labels, ignore_index=ignore_index), expected)
 
 
-@every_event_metric
+@every_multilabel_metric
 def test_an_event_is_a_column_of_labels(metric):
     """Both `(N,)` and multi-label `(N, 1)`; a label of two columns is the mean of each alone."""
     probs, labels = softmax_rows(num_labels=2)
@@ -85,7 +85,7 @@ def test_an_event_is_a_column_of_labels(metric):
     torch.testing.assert_close(pair, (event + metric(other_probs[:, 0], other_labels[:, 0])) / 2)
 
 
-@every_event_metric
+@every_multilabel_metric
 def test_multilabel_rows_flatten_and_are_ignored_whole(metric):
     probs, _ = softmax_rows()
     labels = torch.randint(2, (60, 4), generator=torch.Generator().manual_seed(3))
@@ -305,7 +305,7 @@ def test_a_vector_is_not_multilabel():
     ("metric", "option", "value", "allowed"),
     [
         (expected_calibration_error, "task", "multiclass", "None, 'multilabel'"),
-        (expected_calibration_error, "norm", "L1", "'l1', 'l2', 'max'"),
+        (expected_calibration_error, "norm", "L1", "'l1', 'l2', 'max', 'over', 'under'"),
         (expected_calibration_error, "binning", "uniform", "'width', 'mass'"),
         (expected_calibration_error, "target", "all", "'top', 'class'"),
         (expected_calibration_error, "num_bins", 0, "integers from 1 up"),

@@ -1,10 +1,18 @@
 """The bootstrap: resamples are what they say, sums over them are the metric, intervals cover."""
 
+import math
+
 import pytest
 import torch
 
 from hf_calib.functional import resampling
-from hf_calib.functional.resampling import SumStatistic, bootstrap_interval, mean_statistic, resample_counts
+from hf_calib.functional.resampling import (
+    SumStatistic,
+    bootstrap_interval,
+    mean_statistic,
+    resample_counts,
+    resample_groups,
+)
 
 
 def all_counts(*args, **options):
@@ -81,6 +89,30 @@ def test_the_interval_lies_between_percentiles_and_around_the_estimate():
     # replicates that lie half a unit above the estimate on average: their bias is taken out
     assert bootstrap_interval(0.0, replicates) == pytest.approx((-0.475, 0.475))
     assert bootstrap_interval(0.25, torch.full((10,), 0.3, dtype=torch.float64)) == pytest.approx((0.25, 0.25))
+
+
+def test_resamples_without_a_value_are_left_out():
+    replicates = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    with_gaps = torch.cat([replicates, replicates.new_full((10,), torch.nan)])
+    assert bootstrap_interval(0.5, with_gaps) == pytest.approx((0.025, 0.975))
+    assert all(math.isnan(end) for end in bootstrap_interval(0.5, with_gaps[-10:]))
+
+
+@pytest.mark.parametrize("num_rows", [60, 60_000])
+def test_groups_occur_as_often_as_their_rows(num_rows):
+    """A group's count is binomial, or Poisson where rows are many; the groups make up the resample."""
+    counts = torch.tensor([1, 0, 3, 6], dtype=torch.float64) * num_rows / 10
+    drawn = resample_groups(counts, 4000, seed=1)
+    assert drawn.shape == (4000, 4)
+    assert (drawn[:, 1] == 0).all()
+    assert drawn.mean(0).tolist() == pytest.approx(counts.tolist(), rel=0.01, abs=0)
+    share = counts / num_rows
+    variance = counts * (1 - share) if num_rows == 60 else counts
+    assert drawn.var(0).tolist() == pytest.approx(variance.tolist(), rel=0.1)
+    if num_rows == 60:
+        assert drawn.sum(1).tolist() == [60.0] * 4000
+    assert torch.equal(drawn, resample_groups(counts, 4000, seed=1))
+    assert not torch.equal(drawn, resample_groups(counts, 4000, seed=2))
 
 
 def test_the_interval_covers_a_known_mean():

@@ -13,6 +13,7 @@ VARIANTS = {
     "ece-l2": ("ece", {"norm": "l2"}),
     "ece-mass": ("ece", {"binning": "mass", "num_bins": 10}),
     "ece-class": ("ece", {"target": "class", "num_bins": 20}),
+    "weighted-7": ("weighted_ece", {"num_bins": 7}),
     "mce-20": ("mce", {"num_bins": 20}),
     "debiased-l1": ("debiased_ece", {"norm": "l1", "binning": "width"}),
     "smooth-class": ("smooth_ece", {"target": "class"}),
@@ -22,6 +23,7 @@ VARIANTS = {
 CURVES = ("calibration_curve", "risk_coverage_curve")
 TESTS = ("ks", "kuiper", "spiegelhalter")
 SCALARS = {key: variant for key, variant in VARIANTS.items() if variant[0] not in CURVES}
+CLASSES_ONLY = ("accuracy", "weighted_ece")  # metrics that events do not have
 NO_INTERVAL = ("spiegelhalter", *CURVES)
 
 

@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 from hf_calib.functional.resampling import resample_counts
 from hf_calib.metrics import METRICS, MetricCollection, Rows, bootstrap
 
-from .every import CURVES, NO_INTERVAL, SCALARS, TESTS, VARIANTS, class_rows, coarse_rows, event_rows, make, number
+from .every import (
+    CLASSES_ONLY,
+    CURVES,
+    NO_INTERVAL,
+    SCALARS,
+    TESTS,
+    VARIANTS,
+    class_rows,
+    coarse_rows,
+    event_rows,
+    make,
+    number,
+)
 
 
-OF_EVENTS = [key for key in VARIANTS if key != "accuracy"]
+OF_EVENTS = [key for key, (name, _) in VARIANTS.items() if name not in CLASSES_ONLY]
 every_variant = pytest.mark.parametrize("key", VARIANTS)
 every_scalar = pytest.mark.parametrize("key", SCALARS)
 lawful = settings(deadline=None, derandomize=True, max_examples=10)
@@ -188,7 +200,7 @@ def test_numbers_stay_in_bounds_and_are_best_at_the_truth(key):
     metric, _ = make(key)
     scores = torch.arange(21, dtype=torch.float64).div(20).repeat_interleave(20)
     happened = (torch.arange(20).repeat(21) < (scores * 20).round()).long()
-    if key == "accuracy":
+    if metric.name in CLASSES_ONLY:
         scores = torch.stack([1 - scores, scores], dim=-1)
     calibrated = number(metric.update(scores, happened).compute())
     low, high = metric.bounds
@@ -222,7 +234,7 @@ def test_an_interval_contains_its_value_and_ends_where_the_metric_does(key):
 
 @pytest.mark.parametrize("num_rows", [300, 6000])
 @pytest.mark.parametrize("key", [key for key, (name, options) in SCALARS.items() if not (
-    name in ("spiegelhalter", "classwise_ece", "adaptive_ece") or "target" in options)])  # fmt: skip
+    name in ("spiegelhalter", "classwise_ece", "adaptive_ece", "weighted_ece") or "target" in options)])  # fmt: skip
 def test_the_sums_alone_give_the_interval_of_the_rows(key, num_rows):
     """Few rows are drawn one by one, of many the cells are Poisson numbers: the same up to the noise of resampling."""
     probs, labels = class_rows(num_rows)
@@ -235,7 +247,9 @@ def test_the_sums_alone_give_the_interval_of_the_rows(key, num_rows):
     assert found.high == pytest.approx(expected.high, abs=width / 5)
 
 
-@pytest.mark.parametrize("key", ["classwise_ece", "adaptive_ece", "ece-class", "smooth-class", "spiegelhalter"])
+@pytest.mark.parametrize(
+    "key", ["classwise_ece", "adaptive_ece", "ece-class", "smooth-class", "weighted_ece", "spiegelhalter"]
+)
 def test_sums_that_do_not_know_how_rows_differ_say_so(key):
     metric = make(key)[0].update(*class_rows())
     with pytest.raises(ValueError, match=rf"^{metric.name}: its sums cannot be resampled"):
