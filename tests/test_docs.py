@@ -128,6 +128,8 @@ def test_the_readme_s_links_lead_somewhere(link):
 def test_the_readme_lists_every_method():
     for name in (*hf_calib.CALIBRATORS, *hf_calib.LOSSES):
         assert f"| `{name}` |" in README, name
+    listed = [name for line in re.findall(r"^\| (`[^|]*) \|", README, flags=re.MULTILINE) for name in line.split(", ")]
+    assert {f"`{name}`" for name in hf_calib.METRICS} <= set(listed)
 
 
 @pytest.mark.parametrize("name", MODULES)
