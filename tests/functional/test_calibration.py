@@ -14,10 +14,13 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 from hf_calib.functional import (
     adaptive_calibration_error,
     classwise_calibration_error,
+    debiased_calibration_error,
     expected_calibration_error,
     maximum_calibration_error,
+    overconfidence,
     reliability_curve,
     smooth_calibration_error,
+    underconfidence,
 )
 from hf_calib.functional.calibration import binned_error, events
 
@@ -97,6 +100,55 @@ def test_equal_mass_error_by_hand():
     scores, labels = torch.tensor([0.1, 0.2, 0.6, 0.7], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     value = expected_calibration_error(scores, labels, num_bins=2, binning="mass")
     assert value.item() == pytest.approx((0.15 + 0.35) / 2)
+
+
+def test_over_and_underconfidence_by_hand():
+    """Bins (0, 0.5] and (0.5, 1]: 0.3 against 0.5 on 2 rows, 0.9 against 2/3 on 3."""
+    rows = event_counts((0.2, 1, 0), (0.4, 1, 1), (0.9, 3, 2))
+    assert overconfidence(*rows, num_bins=2).item() == pytest.approx(3 / 5 * (0.9 - 2 / 3))
+    assert underconfidence(*rows, num_bins=2).item() == pytest.approx(2 / 5 * 0.2)
+
+
+@pytest.mark.parametrize("target", ["top", "class"])
+def test_over_and_underconfidence_add_up_to_the_error(target):
+    probs, labels = softmax_rows()
+    parts = [part(probs, labels, target=target) for part in (overconfidence, underconfidence)]
+    torch.testing.assert_close(sum(parts), expected_calibration_error(probs, labels, target=target))
+    assert min(parts) >= 0
+
+
+def test_debiased_error_by_hand():
+    """Bins of 4 and 5 rows: gaps 0.2 - 1/4 and 0.9 - 3/5, noise 3/16 / 3 and 6/25 / 4."""
+    rows = event_counts((0.2, 4, 1), (0.9, 5, 3))
+    square = (4 * (0.05**2 - 3 / 16 / 3) + 5 * (0.3**2 - 6 / 25 / 4)) / 9
+    assert square < 0, "the noise explains it all"
+    assert debiased_calibration_error(*rows, num_bins=2, binning="width") == 0
+    many = event_counts((0.2, 40, 10), (0.9, 50, 30))
+    square = (40 * (0.05**2 - 3 / 16 / 39) + 50 * (0.3**2 - 6 / 25 / 49)) / 90
+    found = debiased_calibration_error(*many, num_bins=2, binning="width")
+    assert found.item() == pytest.approx(math.sqrt(square), abs=1e-15)
+
+
+def test_a_bin_of_one_row_has_the_largest_noise_or_counts_in_full():
+    rows = event_counts((0.2, 1, 1), (0.9, 1, 1))
+    square = ((0.8**2 - 0.25) + (0.1**2 - 0.25)) / 2
+    found = debiased_calibration_error(*rows, num_bins=2, binning="width")
+    assert found.item() == pytest.approx(math.sqrt(square), abs=1e-15)
+    found = debiased_calibration_error(*rows, num_bins=2, binning="width", norm="l1")
+    assert found.item() == pytest.approx((0.8 + 0.1) / 2, abs=1e-15)
+
+
+def test_the_bias_of_the_l1_error_is_that_of_gaussian_noise():
+    """By simulation, as the paper has it: accuracies drawn around what was seen."""
+    rows = event_counts((0.2, 40, 10), (0.55, 20, 11), (0.9, 50, 43))
+    confidence, accuracy = np.array([0.2, 0.55, 0.9]), np.array([10 / 40, 11 / 20, 43 / 50])
+    counts = np.array([40, 20, 50])
+    drawn = np.random.default_rng(0).normal(accuracy, np.sqrt(accuracy * (1 - accuracy) / counts), (400_000, 3))
+    plug_in = (np.abs(accuracy - confidence) * counts).sum() / 110
+    noisy = (np.abs(drawn - confidence) * counts).sum(1).mean() / 110
+    found = debiased_calibration_error(*rows, num_bins=3, binning="width", norm="l1")
+    assert found.item() == pytest.approx(max(2 * plug_in - noisy, 0), abs=2e-4)
+    assert 0 < found.item() < plug_in
 
 
 @pytest.mark.parametrize(
