@@ -88,7 +88,7 @@ class Metric:
     name: ClassVar[str]  # the key in METRICS
     function: ClassVar[Callable]  # the same, exactly, of all rows at once
     higher_is_better: ClassVar[bool] = False
-    is_curve: ClassVar[bool] = False  # more than a number
+    is_curve: ClassVar[bool] = False  # no number, so without interval
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)  # where an interval ends
 
     def __init__(self, *, task: str | None = None, ignore_index: int = -100):
@@ -129,6 +129,7 @@ class Metric:
             ValueError: no row was seen, or this metric's sums do not say how rows differ; `bootstrap` takes rows.
         """
         self._check_rows()
+        self.check_number()
         replicates = self._replicates(self.sums.cpu(), num_resamples, seed)
         return self.estimate(self._value(self.sums), replicates, self.num_rows, level=level)
 
@@ -161,7 +162,12 @@ class Metric:
 
     def statistic(self, rows: Rows) -> SumStatistic:
         """The metric of these rows as a function of how often each occurs, for the bootstrap."""
-        raise ValueError(f"metrics: {self.name} is no single number of sums over rows; it has no interval")
+        raise NotImplementedError
+
+    def check_number(self) -> None:
+        """Raises a ValueError unless the metric is a number, as intervals are of numbers."""
+        if self.is_curve:
+            raise ValueError(f"metrics: {self.name} is a curve and no number; it has no interval")
 
     def options(self) -> dict:
         """What makes two metrics addable: the class and everything that it was given."""
@@ -188,7 +194,7 @@ class Metric:
 
     def _replicates(self, sums: torch.Tensor, num_resamples: int, seed: int) -> torch.Tensor:
         """The value of resamples, `(num_resamples,)`, from the sums alone."""
-        raise ValueError(f"{self.name}: its sums cannot be resampled; bootstrap({self.name!r}, probs, labels) can")
+        raise ValueError(f"{self.name}: its sums cannot be resampled; bootstrap([{self.name!r}], probs, labels) can")
 
 
 STATE = ("num_rows", "sums")  # every other attribute is an option

@@ -198,9 +198,6 @@ class CalibrationCurve(BinnedMetric):
         check_choice("task", task, (None,))
         super().__init__(num_bins=num_bins, ignore_index=ignore_index)
 
-    def statistic(self, rows: Rows) -> SumStatistic:
-        return Metric.statistic(self, rows)
-
     def _result(self, sums: torch.Tensor) -> ReliabilityCurve:
         edges = torch.linspace(0, 1, self.num_bins + 1, dtype=torch.float64, device=sums.device)
         return curve_of_sums(self._bins(sums.view(3, -1)), edges)
@@ -225,7 +222,7 @@ class WeightedCalibrationError(Metric):
         self.num_bins = num_bins
 
     def statistic(self, rows: Rows) -> SumStatistic:
-        weights, labels = rows.probs.cpu(), rows.labels.cpu()[:, None]
+        weights, labels = self._class_probs(rows).cpu(), rows.labels.cpu()[:, None]
         bins = bin_numbers(weights, interior_edges(weights, self.num_bins, "width"))
         weights, sums = weights.double(), torch.zeros(3, len(rows), self.num_bins, dtype=torch.float64)
         sums[0].scatter_add_(1, bins, weights)
@@ -236,9 +233,12 @@ class WeightedCalibrationError(Metric):
         return SumStatistic(torch.arange(size).expand(len(rows), -1), values, size, self._value)
 
     def _sums(self, rows: Rows) -> torch.Tensor:
+        return weighted_bin_sums(self._class_probs(rows), rows.labels, self.num_bins)
+
+    def _class_probs(self, rows: Rows) -> torch.Tensor:
         if rows.probs.dim() != 2:
             raise ValueError(f"probs: got shape {tuple(rows.probs.shape)}; allowed are (..., C) class probabilities")
-        return weighted_bin_sums(rows.probs, rows.labels, self.num_bins)
+        return rows.probs
 
     def _value(self, sums: torch.Tensor) -> torch.Tensor:
         return binned_error(sums.unflatten(-1, (3, -1)).movedim(-2, 0))

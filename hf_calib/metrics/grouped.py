@@ -129,7 +129,7 @@ def group_rows(
     if len(names) != len(labels):
         raise ValueError(f"groups: got {len(names)} for {len(labels)} rows; allowed is one for each")
     numbers: dict[str, int] = {}
-    codes = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], device=labels.device)
+    codes = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64)
     order = codes.argsort(stable=True)
     parts = order.split(torch.bincount(codes, minlength=len(numbers)).tolist())
     rows = zip(numbers, parts, strict=True)

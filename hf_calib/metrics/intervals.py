@@ -107,6 +107,8 @@ def _resampled(
 ) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """Each side's values, and their replicates on resamples that the sides share."""
     check_count("num_resamples", num_resamples)
+    for metric in metrics.values():
+        metric.check_number()
     statistics = [{name: metric.statistic(rows) for name, metric in metrics.items()} for rows in sides]
 
     def evaluate(counts: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -6,9 +6,8 @@ import torch
 
 from ..functional import selective as exact
 from ..functional.checks import check_choice
-from ..functional.resampling import SumStatistic
 from ..functional.selective import RiskCoverageCurve
-from .base import EventMetric, Metric, Rows
+from .base import EventMetric
 
 
 class ConfidenceMetric(EventMetric):
@@ -103,6 +102,3 @@ class RiskCoverage(ConfidenceMetric):
 
     def _result(self, sums: torch.Tensor) -> RiskCoverageCurve:
         return exact.risk_coverage_of_sums(sums.view(3, -1))
-
-    def statistic(self, rows: Rows) -> SumStatistic:
-        return Metric.statistic(self, rows)

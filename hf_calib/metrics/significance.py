@@ -10,6 +10,7 @@ import torch
 
 from ..functional import significance as exact
 from ..functional.checks import check_choice
+from ..functional.resampling import SumStatistic
 from ..functional.significance import CalibrationTest
 from .base import Metric, Rows
 from .selective import ConfidenceMetric
@@ -63,6 +64,15 @@ class Spiegelhalter(Metric):
     def _result(self, sums: torch.Tensor) -> CalibrationTest:
         return exact.spiegelhalter_of_sums(sums)
 
+    def statistic(self, rows: Rows) -> SumStatistic:
+        return SumStatistic(torch.arange(2).expand(len(rows), -1), self._terms(rows).T.cpu(), 2, self._value)
+
     def _sums(self, rows: Rows) -> torch.Tensor:
+        return self._terms(rows).sum(-1)
+
+    def _terms(self, rows: Rows) -> torch.Tensor:
         scores, outcomes = rows.top
-        return exact.spiegelhalter_terms(scores[:, 0], outcomes[:, 0]).sum(-1)
+        return exact.spiegelhalter_terms(scores[:, 0], outcomes[:, 0])
+
+    def _value(self, sums: torch.Tensor) -> torch.Tensor:
+        return exact.spiegelhalter_of_sums(sums.movedim(-1, 0)).statistic

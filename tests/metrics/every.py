@@ -24,7 +24,6 @@ CURVES = ("calibration_curve", "risk_coverage_curve")
 TESTS = ("ks", "kuiper", "spiegelhalter")
 SCALARS = {key: variant for key, variant in VARIANTS.items() if variant[0] not in CURVES}
 CLASSES_ONLY = ("accuracy", "weighted_ece")  # metrics that events do not have
-NO_INTERVAL = ("spiegelhalter", *CURVES)
 
 
 def make(key):

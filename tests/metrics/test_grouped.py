@@ -60,6 +60,11 @@ def test_a_group_of_ignored_rows_is_no_group():
         GroupedMetric("ece").update(PROBS, torch.full_like(LABELS, -100), GROUPS)
 
 
+def test_no_rows_are_no_groups():
+    with pytest.raises(ValueError, match=r"^labels: no row is left"):
+        GroupedMetric("ece").update(PROBS[:0], LABELS[:0], [])
+
+
 def test_an_undefined_number_is_never_the_worst():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6])
     found = GroupedMetric("auroc").update(confidence, torch.tensor([1, 1, 0, 1]), ["a", "a", "b", "b"]).compute()

@@ -14,7 +14,6 @@ from hf_calib.metrics import METRICS, MetricCollection, Rows, bootstrap
 from .every import (
     CLASSES_ONLY,
     CURVES,
-    NO_INTERVAL,
     SCALARS,
     TESTS,
     VARIANTS,
@@ -210,8 +209,8 @@ def test_numbers_stay_in_bounds_and_are_best_at_the_truth(key):
 
 
 @pytest.mark.parametrize(("key", "rows"), [
-    *((key, class_rows) for key in SCALARS if key not in NO_INTERVAL),
-    *((key, event_rows) for key in OF_EVENTS if key not in NO_INTERVAL)])  # fmt: skip
+    *((key, class_rows) for key in SCALARS),
+    *((key, event_rows) for key in OF_EVENTS if key in SCALARS)])  # fmt: skip
 def test_a_resample_has_the_metric_of_the_repeated_rows(key, rows):
     probs, labels = rows(300)
     statistic = make(key)[0].statistic(Rows(probs, labels))
@@ -222,7 +221,7 @@ def test_a_resample_has_the_metric_of_the_repeated_rows(key, rows):
         assert value.item() == pytest.approx(number(again.compute()), abs=CLOSE.get(key, 1e-9))
 
 
-@pytest.mark.parametrize("key", [key for key, (name, _) in SCALARS.items() if name != "spiegelhalter"])
+@every_scalar
 def test_an_interval_contains_its_value_and_ends_where_the_metric_does(key):
     metric, _ = make(key)
     probs, labels = class_rows(300)
@@ -256,10 +255,20 @@ def test_sums_that_do_not_know_how_rows_differ_say_so(key):
         metric.interval()
 
 
-@pytest.mark.parametrize("name", NO_INTERVAL)
+@pytest.mark.parametrize("name", CLASSES_ONLY)
+def test_events_are_no_classes(name):
+    with pytest.raises(ValueError, match=r"^probs: got shape \(400,\); .*\(\.\.\., C\) class probabilities"):
+        METRICS[name]().update(*event_rows())
+    with pytest.raises(ValueError, match=r"^probs: got shape \(400,\); .*\(\.\.\., C\) class probabilities"):
+        bootstrap([name], *event_rows())
+
+
+@pytest.mark.parametrize("name", CURVES)
 def test_what_has_no_interval_says_so(name):
     with pytest.raises(ValueError, match=rf"^metrics: {name} .* no interval"):
         bootstrap([name], *class_rows())
+    with pytest.raises(ValueError, match=rf"^metrics: {name} .* no interval"):
+        METRICS[name]().update(*class_rows()).interval()
 
 
 @pytest.mark.parametrize("key", CURVES)
