@@ -22,6 +22,7 @@ _MODULES = {
         "select_calibrator",
     ),
     "docstrings": ("docstring_dataset",),
+    "evaluation": ("CalibrationEvaluator", "evaluate_module"),
     "folding": ("apply_calibrator", "fold_calibrator", "unfold_calibrator"),
     "hub": ("load_calibrated", "push_calibrated", "save_calibrated"),
     "losses": ("LOSSES",),

@@ -120,6 +120,12 @@ def evaluate(
     label_column: Label = "label",
     label_map: Map = [],  # noqa: B006
     probs_column: Annotated[str, typer.Option(help="In a file: a list, a number, or NAME_0, NAME_1 ...")] = "probs",
+    metric: Annotated[
+        list[str], typer.Option(help="Of a file: a name in hf_calib.METRICS, once for each, in place of the five.")
+    ] = [],  # noqa: B006
+    group_column: Annotated[
+        str | None, typer.Option(help="In a file: the metrics by group too, and the worst.")
+    ] = None,
     batch_size: Batch = 32,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
@@ -127,31 +133,51 @@ def evaluate(
     """Print accuracy, NLL, Brier, ECE and smooth ECE with intervals; changes nothing."""
     from rich.console import Console
 
-    from .attaching import attached_calibrator, folded_calibrator
-    from .console import print_report
-    from .prediction_files import read_predictions
-    from .predictions import collect_predictions
-    from .report import evaluate_calibration
+    from .console import print_groups, print_report
 
     if (predictions is None) == (model is None) or (model is None) != (dataset is None):
         raise ValueError("predictions: give either a file of predictions, or --model and --dataset")
-    before = None
+    groups = {}
     if predictions is not None:
-        probs, labels = read_predictions(predictions, probs_column=probs_column, label_column=label_column)
+        columns = {"probs_column": probs_column, "label_column": label_column, "group_column": group_column}
+        report, groups = _evaluate_file(predictions, metric, seed, **columns)
+    elif metric or group_column:
+        raise ValueError(f"predictions: got none; {'metric' if metric else 'group_column'} is for a file of them")
     else:
         columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
-        with _bars_on_a_terminal():
-            classifier, tokenizer = _load_model(model)
-            rows = _load_data(dataset, dataset_config, split)
-            found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
-        probs, labels = found.probs, found.labels
-        if (calibrator := attached_calibrator(classifier) or folded_calibrator(classifier)) is not None:
-            probs, before = calibrator.log_probs(found.logits).exp(), probs
-    report = evaluate_calibration(probs, labels, before=before, seed=seed)
+        report = _evaluate_model(model, (dataset, dataset_config, split), batch_size, seed, **columns)
     if as_json:
-        print(json.dumps({**report.to_dict(), "verdict": report.verdict()}, indent=2))
+        print(json.dumps({**report.to_dict(), "verdict": report.verdict(), **groups}, indent=2))
     else:
         print_report(report, Console())
+        print_groups(groups, Console())
+
+
+def _evaluate_file(path: Path, metrics: list[str], seed: int, **columns: str | None) -> tuple[Any, dict[str, Any]]:
+    """The report of a file of any length, of whose rows sums are kept; and its groups."""
+    from .console import row_bar
+    from .prediction_files import count_rows, measure_predictions
+    from .report import CalibrationReport
+
+    with row_bar(count_rows(path)) as advance:
+        found = measure_predictions(path, metrics, advance=advance, **columns)
+    return CalibrationReport.from_metrics(found.total, seed=seed), found.group_records(seed)
+
+
+def _evaluate_model(model: str, data: tuple[str, str | None, str], batch_size: int, seed: int, **columns: Any) -> Any:
+    """The report of a model, before and after its calibrator where it has one."""
+    from .attaching import attached_calibrator, folded_calibrator
+    from .predictions import collect_predictions
+    from .report import evaluate_calibration
+
+    with _bars_on_a_terminal():
+        classifier, tokenizer = _load_model(model)
+        rows = _load_data(*data)
+        found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
+    probs, before = found.probs, None
+    if (calibrator := attached_calibrator(classifier) or folded_calibrator(classifier)) is not None:
+        probs, before = calibrator.log_probs(found.logits).exp(), probs
+    return evaluate_calibration(probs, found.labels, before=before, seed=seed)
 
 
 def main() -> None:

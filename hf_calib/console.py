@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .calibrators import Calibrator
-from .report import CalibrationReport
+from .report import TITLES, CalibrationReport, cell
 
 
 def print_report(report: CalibrationReport, console: Console) -> None:
     """The report's table, its note and its verdict."""
-    table = Table(*report.header(), box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table(*report.header())
     for row in report.rows():
         table.add_row(*map(_escape, row))
     console.print(table)
     for line in filter(None, (report.note(), report.verdict())):
+        console.print(line, markup=False, highlight=False)
+
+
+def print_groups(record: dict[str, Any], console: Console) -> None:
+    """What `Measured.group_records` gives, if that is anything: a row per group, and where each metric is worst."""
+    if not record:
+        return
+    names = list(next(iter(record["groups"].values())))[1:]
+    table = _table("Group", "Rows", *(TITLES.get(name, name) for name in names))
+    for group, numbers in record["groups"].items():
+        table.add_row(_escape(group), f"{numbers['num_rows']:,}", *(cell(numbers[name]) for name in names))
+    console.print(table)
+    for name, found in record["worst"].items():
+        number = cell(found["value"], found["low"], found["high"])
+        line = f"Worst by {TITLES.get(name, name)}: {found['group']}, {number}, {found['num_rows']:,} rows."
         console.print(line, markup=False, highlight=False)
 
 
@@ -34,6 +50,16 @@ def print_selection(calibrator: Calibrator, console: Console) -> None:
             highlight=False,
         )
     console.print(f"   Fitted {calibrator} on {calibrator.provenance['rows']:,} rows", markup=False, highlight=False)
+
+
+@contextmanager
+def row_bar(total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal, and what moves it by a number of rows."""
+    columns = TextColumn("{task.completed:,} rows"), BarColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda rows: progress.advance(task, rows)
 
 
 @contextmanager
@@ -65,6 +91,14 @@ def no_notices() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _table(*header: str) -> Table:
+    """Words on the left, numbers on the right."""
+    table = Table(*header, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def _escape(cell: str) -> str:

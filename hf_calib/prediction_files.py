@@ -1,128 +1,469 @@
-"""Probabilities and labels in a file: Parquet, CSV, JSON lines or `.npz`."""
+"""Probabilities and labels in a file (Parquet, CSV, JSON lines, `.npz`): read at once, in batches, or into metrics."""
 
 from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import compute, csv, json, parquet
+
+from .functional.checks import check_probs
+from .metrics import METRICS, GroupedMetric, MetricCollection, make_metrics
+from .metrics.collection import named_numbers
+from .report import TITLES, CalibrationReport
 
 
-SUFFIXES = (".parquet", ".csv", ".jsonl", ".npz")
+BATCH_NUMBERS = 2**20  # probabilities that a batch holds, by default
+BATCH_ROWS = 2**17  # and rows, at most
+STREAM_BYTES = 2**20  # read at a time of each Parquet column
+BLOCK_BYTES = 2**24  # text that is parsed at a time; a row of JSON may not be longer
+MAX_GROUPS = 1000  # each has sums of its own, up to some hundred kB
+IGNORED = -100
+
+# Reads some columns; how many rows at a time is a wish, since text comes in blocks of bytes
+Reader = Callable[[list[str], int | None], Iterable[pa.RecordBatch]]
 
 
 def read_predictions(
     path: str | Path, *, probs_column: str = "probs", label_column: str = "label"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads probabilities and labels for `evaluate_calibration`.
+    """Reads probabilities and labels for `evaluate_calibration`: all batches of `iterate_predictions` in one.
+
+    Args:
+        path, probs_column, label_column: as in `iterate_predictions`.
+    Returns:
+        `(N, C)` or `(N,)` probabilities and `(N,)` int64 labels.
+    Raises:
+        ValueError: as `iterate_predictions`.
+    """
+    batches = iterate_predictions(path, probs_column=probs_column, label_column=label_column)
+    probs, labels = zip(*batches, strict=True)
+    return torch.cat(probs), torch.cat(labels)
+
+
+def iterate_predictions(
+    path: str | Path, *, probs_column: str = "probs", label_column: str = "label", batch_rows: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Reads batches of probabilities and labels. But for `.npz`, memory does not grow with the file.
 
     Args:
         path (`str` or `Path`): a `.parquet`, `.csv` (with a header), `.jsonl` or `.npz` file.
         probs_column (`str`): a list per row (class probabilities), a number per row (the probability of an event), or
             the stem of one column per class: `probs_0`, `probs_1`, ...
         label_column (`str`): the class's number, or whether the event happened.
-    Returns:
-        `(N, C)` or `(N,)` float64 probabilities and `(N,)` int64 labels.
+        batch_rows (`int`, *optional*): rows in a batch, at most; by default as many as have a million probabilities.
+    Yields:
+        `(n, C)` or `(n,)` probabilities, as precise as the file where it is floating and float64 elsewhere, and `(n,)`
+        int64 labels.
     Raises:
         ValueError: another kind of file, one that cannot be read or holds no rows, a missing column, or values that
-            are no numbers.
+            are no numbers, with the number of their row in the file.
+    """
+    for batch in _tensors(Path(path), probs_column, label_column, None, batch_rows):
+        yield batch.probs, batch.labels
+
+
+def count_rows(path: str | Path) -> int | None:
+    """How many rows a Parquet file has; other files do not say so before they are read."""
+    path = Path(path)
+    if path.suffix != ".parquet":
+        return None
+    _check_file(path)
+    with _reading(path):
+        return parquet.read_metadata(path).num_rows
+
+
+class Measured(NamedTuple):
+    """Metrics of all rows of a file, and of each group of them where there is a group column."""
+
+    total: MetricCollection
+    groups: dict[str, MetricCollection]
+
+    def group_records(self, seed: int = 0) -> dict[str, Any]:
+        """Plain JSON values: each group's numbers, and the worst group of each metric with the interval there.
+
+        Tests of calibration have no worst group: their statistics depend on how many rows there are. Without a group
+        column, nothing.
+        """
+        groups = {
+            group: {"num_rows": found.num_rows, **named_numbers(found.compute())}
+            for group, found in self.groups.items()
+        }
+        worst = {}
+        for name, metric in self.total.metrics.items() if groups else ():
+            if not isinstance(metric.compute(), tuple):
+                grouped = GroupedMetric(metric)
+                grouped.groups = {group: found.metrics[name] for group, found in self.groups.items()}
+                group = grouped.compute().worst
+                report = CalibrationReport.from_metrics(MetricCollection({name: grouped.groups[group]}), seed=seed)
+                worst[name] = {"group": group, "num_rows": report.num_rows, **report.to_dict()["after"][name]}
+        return {"groups": groups, "worst": worst} if groups else {}
+
+
+def measure_predictions(
+    path: str | Path,
+    metrics: Sequence[str] = (),
+    *,
+    probs_column: str = "probs",
+    label_column: str = "label",
+    group_column: str | None = None,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> Measured:
+    """Streams a file into metrics, in memory that does not grow with its rows.
+
+    Args:
+        path, probs_column, label_column: as in `iterate_predictions`. Rows with the label -100 are left out.
+        metrics (names in `METRICS`, but not of curves): by default accuracy, NLL, Brier, ECE and smooth ECE; of events
+            there is no accuracy.
+        group_column (`str`, *optional*): names or numbers, at most 1,000 different ones.
+        advance (callable): is told the number of rows after each batch.
+    Returns:
+        [`Measured`]: `total`, and `groups` by name.
+    Raises:
+        ValueError: as `iterate_predictions` and, with the number of the row, as the metrics' functions.
     """
     path = Path(path)
+    for name in make_metrics(metrics):
+        if METRICS[name].is_curve:
+            raise ValueError(f"metrics: got {name!r}, which is a curve; allowed are those that are numbers")
+    groups: dict[str, MetricCollection] = {}
+    with _one_thread():
+        for batch in _ahead(_tensors(path, probs_column, label_column, group_column)):
+            if not metrics:
+                metrics = [name for name in TITLES if name != "accuracy" or batch.probs.dim() > 1]
+            for name, rows in _members(batch):
+                if name not in groups and len(groups) == MAX_GROUPS:
+                    raise ValueError(f"group_column: got {group_column!r}; allowed are at most {MAX_GROUPS} groups")
+                collection = groups.setdefault(name, MetricCollection(metrics))
+                try:
+                    collection.update(batch.probs[rows], batch.labels[rows])
+                except ValueError as error:
+                    raise _of_a_row(error, batch, path) from None
+            advance(len(batch.labels))
+    if not groups:
+        raise ValueError(f"labels: no row of {path} is left after leaving out those equal to {IGNORED}")
+    total = MetricCollection(metrics).merge(*groups.values())
+    return Measured(total, {} if group_column is None else dict(sorted(groups.items())))
+
+
+class _Tensors(NamedTuple):
+    """A batch of a file."""
+
+    first_row: int
+    probs: torch.Tensor
+    labels: torch.Tensor
+    groups: pa.Array | None
+
+
+def _tensors(
+    path: Path, probs_column: str, label_column: str, group_column: str | None, batch_rows: int | None = None
+) -> Iterator[_Tensors]:
+    """The file's batches, checked to be numbers."""
+    _check_file(path)
+    names, read = _open(path)
+    classes = _probs_columns(names, probs_column)
+    columns = [*classes, label_column] if group_column is None else [*classes, label_column, group_column]
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"column: {path} has no {name!r}; it has {', '.join(names)}")
+    width = None
+    for first_row, batch in _each(path, read, list(dict.fromkeys(columns)), batch_rows):
+        cells = {name: _Cells(batch[name], name, path, first_row) for name in columns}
+        if classes == [probs_column]:
+            probs = cells[probs_column].probs(width)
+        else:
+            probs = torch.stack([cells[name].numbers() for name in classes], dim=1)
+        labels, width = cells[label_column].whole_numbers(), probs[0].numel()
+        size = batch_rows or _batch_rows(width)
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            groups = None if group_column is None else batch[group_column][part]
+            yield _Tensors(first_row + start, probs[part], labels[part], groups)
+
+
+def _ahead(batches: Iterator[_Tensors]) -> Iterator[_Tensors]:
+    """The same, each read while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that share a batch wait for each other many times: on a busy machine, longer than the work takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batch_rows(numbers: float) -> int:
+    """Rows of so many numbers each that make a batch."""
+    return max(1, min(BATCH_ROWS, int(BATCH_NUMBERS / max(1, numbers))))
+
+
+def _members(batch: _Tensors) -> Iterator[tuple[str, slice | torch.Tensor]]:
+    """The groups of a batch and their rows, which are not all ignored."""
+    kept = batch.labels != IGNORED
+    if batch.groups is None:
+        if kept.any():
+            yield "", slice(None)
+        return
+    if pa.types.is_nested(batch.groups.type):
+        raise ValueError(f"group_column: got a column of {batch.groups.type}; allowed are names and numbers")
+    encoded = batch.groups.dictionary_encode("encode")  # gaps are a group too
+    rows = kept.nonzero()[:, 0]
+    codes = torch.from_dlpack(encoded.indices)[rows].long()
+    parts = rows[codes.argsort(stable=True)].split(torch.bincount(codes, minlength=len(encoded.dictionary)).tolist())
+    for name, part in zip(encoded.dictionary.to_pylist(), parts, strict=True):
+        if len(part):
+            # JSON's whole numbers are floating here
+            yield str(int(name) if isinstance(name, float) and name.is_integer() else name), part
+
+
+def _of_a_row(error: ValueError, batch: _Tensors, path: Path) -> ValueError:
+    """What is wrong with the first wrong row, and its number; the error itself where each row alone is right."""
+    rows = (batch.labels != IGNORED).nonzero()[:, 0]
+    while len(rows) > 1:
+        half = rows[: len(rows) // 2]
+        rows = half if _complaint(batch, half) else rows[len(half) :]
+    if not (complaint := _complaint(batch, rows)):
+        return error
+    complaint = complaint.replace("row 0 ", "the row ", 1)  # of the one row that was checked
+    return ValueError(f"predictions: {path}, row {batch.first_row + int(rows)}: {complaint}")
+
+
+def _complaint(batch: _Tensors, rows: torch.Tensor) -> str:
+    try:
+        check_probs(batch.probs[rows], batch.labels[rows])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _check_file(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"predictions: got {path}; allowed are {', '.join(SUFFIXES)} files")
     if not path.is_file():
         raise FileNotFoundError(f"predictions: there is no file {path}")
-    columns = _read(path)
-    probs, labels = _probs(columns, probs_column, path), _labels(columns, label_column, path)
-    return torch.from_numpy(probs), torch.from_numpy(labels)
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The file's columns."""
     with path.open("rb") as file:
-        lines = list(islice(filter(bytes.strip, file), 2))
-    if len(lines) <= (path.suffix == ".csv"):  # a header is no row
-        raise ValueError(f"predictions: {path} holds no rows")
+        lines = islice(filter(bytes.strip, file), 2) if path.suffix in (".csv", ".jsonl") else [file.read(1)]
+        if sum(map(bool, lines)) <= (path.suffix == ".csv"):  # a header is no row
+            raise _no_rows(path)
+
+
+def _no_rows(path: Path) -> ValueError:
+    return ValueError(f"predictions: {path} holds no rows")
+
+
+@contextmanager
+def _reading(path: Path, first_row: int = 0) -> Iterator[None]:
+    """One line for what the readers of NumPy and pyarrow raise of damaged files, which is all sorts of errors."""
     try:
-        return _read_npz(path) if path.suffix == ".npz" else _read_table(path)
-    except Exception as error:  # of damaged files the readers of NumPy and pyarrow raise all sorts
-        raise ValueError(f"predictions: cannot read {path}: {' '.join(str(error).split())}") from None
+        yield
+    except Exception as error:
+        where = f" from row {first_row} on" if first_row else ""
+        raise ValueError(f"predictions: cannot read {path}{where}: {' '.join(str(error).split())}") from None
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _each(
+    path: Path, read: Reader, columns: list[str], batch_rows: int | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches that have rows, and the number of their first row."""
+    first_row = 0
+    with _reading(path):
+        batches = iter(read(columns, batch_rows))
+    while True:
+        with _reading(path, first_row):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        if batch.num_rows:
+            yield first_row, batch
+        first_row += batch.num_rows
+    if first_row == 0:
+        raise _no_rows(path)
+
+
+def _open(path: Path) -> tuple[list[str], Reader]:
+    """The names of the columns, and what reads some of them."""
+    with _reading(path):
+        names, read = OPENERS[path.suffix](path)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"it has two columns {', '.join(twice)}")
+    return names, read
+
+
+def _open_parquet(path: Path) -> tuple[list[str], Reader]:
+    # pre-buffering keeps all that it has read; a buffered stream, a megabyte of each column
+    file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=STREAM_BYTES)
+
+    def read(columns: list[str], batch_rows: int | None) -> Iterable[pa.RecordBatch]:
+        if batch_rows is None and file.metadata.num_row_groups:
+            group = file.metadata.row_group(0)
+            chunks = (group.column(index) for index in range(group.num_columns))
+            numbers = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+            batch_rows = _batch_rows(numbers / max(1, group.num_rows))
+        return file.iter_batches(batch_rows or BATCH_ROWS, columns=columns)
+
+    return file.schema_arrow.names, read
+
+
+def _open_csv(path: Path) -> tuple[list[str], Reader]:
+    def start(**options: Any) -> csv.CSVStreamingReader:
+        return csv.open_csv(
+            path, read_options=csv.ReadOptions(block_size=BLOCK_BYTES), convert_options=csv.ConvertOptions(**options)
+        )
+
+    def read(columns: list[str], batch_rows: int | None) -> Iterable[pa.RecordBatch]:
+        # as text, or else 0.5 would be refused after a block of 0 and 1
+        types = dict.fromkeys(columns, pa.string())
+        return start(include_columns=columns, column_types=types, strings_can_be_null=True)
+
+    return start().schema.names, read
+
+
+def _open_jsonl(path: Path) -> tuple[list[str], Reader]:
+    def start(**options: Any) -> json.JSONStreamingReader:
+        return json.open_json(
+            path, read_options=json.ReadOptions(block_size=BLOCK_BYTES), parse_options=json.ParseOptions(**options)
+        )
+
+    schema = start().schema
+
+    def read(columns: list[str], batch_rows: int | None) -> Iterable[pa.RecordBatch]:
+        # floating, or else 0.5 would be refused after a block of 0 and 1
+        types = pa.schema([(name, _floating(schema.field(name).type)) for name in columns])
+        return start(explicit_schema=types, unexpected_field_behavior="ignore")
+
+    return schema.names, read
+
+
+def _floating(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_floating(kind.value_type))
+    return pa.float64() if pa.types.is_integer(kind) or pa.types.is_null(kind) else kind
+
+
+def _open_npz(path: Path) -> tuple[list[str], Reader]:
     with path.open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         if isinstance(arrays, np.ndarray):
             raise ValueError("it is a single array, where columns have names")
-        return {name: np.atleast_1d(array) for name, array in arrays.items()}
+        arrays = {name: np.atleast_1d(array) for name, array in arrays.items()}
+
+    def read(columns: list[str], batch_rows: int | None) -> Iterable[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict({name: _arrow(arrays[name]) for name in columns})
+
+    return list(arrays), read
 
 
-def _read_table(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import read_table as read
-    elif path.suffix == ".csv":
-        from pyarrow.csv import read_csv as read
-    else:
-        from pyarrow.json import read_json as read
-    table = read(path)
-    return {name: table.column(name).to_numpy() for name in table.column_names}
+def _arrow(values: np.ndarray) -> pa.Array:
+    """A list per row for each dimension after the first."""
+    array = pa.array(values.reshape(-1))
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
 
 
-def _probs(columns: dict, name: str, path: Path) -> np.ndarray:
-    numbered = [column for column in columns if re.fullmatch(re.escape(name) + r"_\d+", column)]
-    if name not in columns and numbered:
-        classes = [_numbers(columns, f"{name}_{index}", path) for index in range(len(numbered))]
-        lengths = sorted({len(values) for values in classes})
-        if len(lengths) > 1:
-            raise ValueError(
-                f"predictions: {path}: {name}_0, {name}_1, ... have {lengths} rows; allowed is one length"
+OPENERS = {".parquet": _open_parquet, ".csv": _open_csv, ".jsonl": _open_jsonl, ".npz": _open_npz}
+SUFFIXES = tuple(OPENERS)
+
+
+def _probs_columns(names: list[str], name: str) -> list[str]:
+    """The column itself, or the numbered ones, counted from 0."""
+    numbered = [column for column in names if re.fullmatch(re.escape(name) + r"_\d+", column)]
+    return [name] if name in names or not numbered else [f"{name}_{index}" for index in range(len(numbered))]
+
+
+class _Cells(NamedTuple):
+    """A column of a batch, and what an error calls its cells."""
+
+    values: pa.Array
+    name: str
+    path: Path
+    first_row: int
+
+    def probs(self, width: int | None) -> torch.Tensor:
+        """`(n,)` numbers, or `(n, width)` lists of them; without a width, that of the first row."""
+        kind, allowed = self.values.type, "numbers, or lists of them that are equally long"
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return self.numbers(allowed)
+        lengths = compute.list_value_length(self.values).to_numpy(zero_copy_only=False)  # NaN where there is none
+        wrong = np.flatnonzero(lengths != (lengths[0] if width is None else width))
+        if len(wrong):
+            raise self.refused(int(wrong[0]), allowed)
+        if (numbers := _numbers(self.values.flatten())) is None:
+            raise self.refused(0, allowed)
+        return numbers.view(len(self.values), -1)
+
+    def numbers(self, allowed: str = "numbers") -> torch.Tensor:
+        """`(n,)` floating, NaN where there is a gap."""
+        values = _parsed(self.values) if self.path.suffix == ".csv" else self.values
+        if (numbers := _numbers(values)) is None:
+            raise self.refused(
+                next((row for row, cell in enumerate(values) if not _is_number(cell.as_py())), 0), allowed
             )
-        return np.stack(classes, axis=1)
-    return _numbers(columns, name, path)
+        return numbers
+
+    def whole_numbers(self) -> torch.Tensor:
+        """`(n,)` int64."""
+        if pa.types.is_integer(self.values.type) and not self.values.null_count:
+            return torch.from_dlpack(self.values.cast(pa.int64(), safe=False))
+        numbers = self.numbers("whole numbers")
+        wrong = ((numbers.frac() == 0) & numbers.isfinite()).logical_not().nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise self.refused(row, "whole numbers", numbers[row].item())
+        return numbers.long()
+
+    def refused(self, row: int, allowed: str, value: object = None) -> ValueError:
+        value = self.values[row].as_py() if value is None else value
+        if self.path.suffix == ".csv" and str(value).startswith("["):
+            allowed = (
+                f"numbers; a CSV cannot hold lists, use columns {self.name}_0, {self.name}_1, ... or another format"
+            )
+        place = f"{self.name!r} is {reprlib.repr(value)} in row {self.first_row + row}"
+        return ValueError(f"predictions: {self.path}: {place}; allowed are {allowed}")
 
 
-def _numbers(columns: dict, name: str, path: Path) -> np.ndarray:
-    values = _column(columns, name, path)
+def _numbers(values: pa.Array) -> torch.Tensor | None:
+    """Floating, NaN where there is a gap; `None` where they are no numbers."""
+    kind = values.type
+    if not pa.types.is_floating(kind):
+        if not any(
+            test(kind) for test in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
+        ):
+            return None
+        values = values.cast(pa.float64(), safe=False)
+    return torch.from_dlpack(values.fill_null(float("nan")) if values.null_count else values)
+
+
+def _parsed(text: pa.Array) -> pa.Array:
+    """The numbers or truth values that all entries are; or the text as it was."""
+    for kind in (pa.float64(), pa.bool_()):
+        try:
+            return compute.utf8_trim_whitespace(text).cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return text
+
+
+def _is_number(value: Any) -> bool:
     try:
-        return np.array(np.stack(values) if values.dtype == object else values, dtype=np.float64)
+        return float(value) == value or isinstance(value, str)
     except (TypeError, ValueError):
-        shapes = [_shape(value) for value in values]
-        row = next((row for row, shape in enumerate(shapes) if shape is None or shape != shapes[0]), 0)
-        wrong, allowed = np.asarray(values[row]).tolist(), "numbers, or lists of them that are equally long"
-    if path.suffix == ".csv" and str(wrong).startswith("["):
-        allowed = f"numbers; a CSV cannot hold lists, use columns {name}_0, {name}_1, ... or another format"
-    raise ValueError(f"predictions: {path}: {name!r} is {wrong!r} in row {row}; allowed are {allowed}")
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of a number or a list of numbers."""
-    try:
-        return np.asarray(value, dtype=np.float64).shape
-    except (TypeError, ValueError):
-        return None
-
-
-def _labels(columns: dict, name: str, path: Path) -> np.ndarray:
-    labels = _column(columns, name, path)
-    for row, label in enumerate(labels.tolist()):
-        if not _is_whole(label):
-            raise ValueError(f"predictions: {path}: {name!r} is {label!r} in row {row}; allowed are whole numbers")
-    return labels.astype(np.int64)
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        return bool(int(value) == value)
-    except (TypeError, ValueError, OverflowError):  # of text and gaps, and of infinity
         return False
-
-
-def _column(columns: dict, name: str, path: Path) -> np.ndarray:
-    if name not in columns:
-        raise ValueError(f"column: {path} has no {name!r}; it has {', '.join(columns)}")
-    if not columns[name].size:
-        raise ValueError(f"predictions: {path} holds no rows")
-    return columns[name]

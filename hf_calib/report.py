@@ -10,7 +10,8 @@ import torch
 
 from .functional.calibration import events
 from .functional.resampling import Estimate
-from .metrics import bootstrap, compare
+from .metrics import MetricCollection, bootstrap, compare
+from .metrics.collection import named_numbers
 
 
 SAME = 1e-6  # nats: less is rounding
@@ -32,7 +33,7 @@ class CalibrationReport:
     events: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: each estimate as `{"value", "low", "high"}`."""
+        """Plain JSON values: each estimate as `{"value", "low", "high"}`, where the ends can be null."""
         record: dict[str, Any] = {"num_rows": self.num_rows, "num_resamples": self.num_resamples}
         for key in ("before", "after", "change"):
             if (estimates := getattr(self, key)) is not None:
@@ -52,6 +53,20 @@ class CalibrationReport:
         }
         return cls(record["num_rows"], record["num_resamples"], **estimates)
 
+    @classmethod
+    def from_metrics(cls, metrics: MetricCollection, *, num_resamples: int = 1000, seed: int = 0) -> CalibrationReport:
+        """What streaming metrics have seen, with `Metric.interval` where there is one; without a figure.
+
+        A test of calibration has two rows, `NAME` and `NAME_p_value`.
+        """
+        after = {}
+        for name, value in named_numbers(metrics.compute()).items():
+            try:
+                after[name] = metrics.metrics[name].interval(num_resamples=num_resamples, seed=seed)
+            except (KeyError, ValueError):  # of a p-value, and where the sums do not tell how rows differ
+                after[name] = Estimate(value, None, None, metrics.num_rows)
+        return cls(metrics.num_rows, num_resamples, after)
+
     def figure(self, *, title: str | None = None) -> Any:
         """The reliability diagram, before and after where there is a before: a `matplotlib.figure.Figure`."""
         from .plots import plot_reliability, plot_reliability_comparison, prepare_reliability
@@ -70,7 +85,7 @@ class CalibrationReport:
     def rows(self) -> list[list[str]]:
         """The table's cells, a row per metric."""
         if self.before is None:
-            return [[TITLES[name], str(estimate)] for name, estimate in self.after.items()]
+            return [[TITLES.get(name, name), cell(*estimate[:3])] for name, estimate in self.after.items()]
         return [
             [
                 TITLES[name],
@@ -90,6 +105,8 @@ class CalibrationReport:
 
     def note(self) -> str:
         """How many rows, and what the brackets are."""
+        if all(estimate.low is None for estimate in self.after.values()):
+            return f"{self.num_rows:,} rows."
         return (
             f"{self.num_rows:,} rows; in brackets the 95 % interval over {self.num_resamples:,} bootstrap resamples."
         )
@@ -111,6 +128,13 @@ class CalibrationReport:
         verb = "falls" if gain > 0 else "rises"
         some = "1 row is" if self.num_rows == 1 else f"{self.num_rows:,} rows are"
         return f"{some} too few to tell: NLL {verb} by {interval}; {settle} would settle it."
+
+
+def cell(value: float, low: float | None = None, high: float | None = None) -> str:
+    """A number as tables show it, with its interval where there is one."""
+    if low is None or high is None:
+        return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"  # a p-value can be tiny
+    return f"{value:.4f} [{low:.3f}, {high:.3f}]"
 
 
 def evaluate_calibration(

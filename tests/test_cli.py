@@ -1,11 +1,15 @@
 """The command: what it makes, and one line for whatever is wrong with its input."""
 
+import io
 import json
 import shutil
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from pyarrow import parquet
 from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, pipeline
 
 import hf_calib
@@ -38,6 +42,7 @@ def place(tmp_path, monkeypatch):
     Dataset.from_dict({"text": texts, "label": [-1] * 60}, features=features).to_parquet("unlabelled.parquet")
     rows.select(range(4)).to_csv("few.csv")
     rows.filter(lambda row: row["label"] == "negative").to_csv("one.csv")
+    (tmp_path / "logits.csv").write_text("probs,label\n0.5,1\n2.5,1\n")
     (tmp_path / "zero.csv").touch()
     (tmp_path / "zero.jsonl").touch()
     (tmp_path / "ragged.csv").write_text("text,label\ngood,positive\nbad,negative,and,more\n")
@@ -130,6 +135,105 @@ def test_evaluate_reads_confidence_and_correctness(place, monkeypatch, capsys):
     assert shown["after"]["brier"]["value"] == pytest.approx((0.01 + 0.04 + 0.36 + 0.09) / 4)
 
 
+def write_predictions(folder, num_rows=300, seed=0):
+    """Class probabilities, labels drawn from them but in one town at random, and the town, in a Parquet file."""
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(3), num_rows)
+    labels = (probs.cumsum(1) > rng.uniform(size=(num_rows, 1))).argmax(1)
+    towns = np.array(["[Bonn]", "Paris"])[np.arange(num_rows) % 2]
+    labels[::2] = rng.integers(0, 3, len(labels[::2]))
+    columns = {"probs": probs.tolist(), "label": labels.tolist(), "town": towns.tolist()}
+    parquet.write_table(pa.table(columns), folder / "predictions.parquet")
+    return torch.from_numpy(probs), torch.from_numpy(labels)
+
+
+def test_evaluate_of_a_file_says_what_its_metrics_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    probs, labels = write_predictions(tmp_path)
+    assert run(monkeypatch, "evaluate predictions.parquet --json --seed 3") == 0
+    shown = json.loads(capsys.readouterr().out)
+    metrics = hf_calib.metrics.MetricCollection(["accuracy", "nll", "brier", "ece", "smooth_ece"])
+    metrics.update(probs, labels)
+    assert shown.keys() == {"num_rows", "num_resamples", "after", "verdict"}
+    assert list(shown["after"]) == list(metrics.metrics)
+    for name, estimate in metrics.interval(seed=3).items():
+        assert shown["after"][name] == pytest.approx(dict(zip(("value", "low", "high"), estimate, strict=False)))
+    exact = hf_calib.evaluate_calibration(probs, labels)
+    for name, estimate in exact.after.items():
+        assert shown["after"][name]["value"] == pytest.approx(estimate.value, abs=1e-4)
+        assert shown["after"][name]["low"] == pytest.approx(estimate.low, abs=0.2 * (estimate.high - estimate.low))
+    assert run(monkeypatch, "evaluate predictions.parquet") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[:6]] == ["Metric", "Accuracy", "NLL", "Brier", "ECE", "Smooth"]
+    assert table[6] == "300 rows; in brackets the 95 % interval over 1,000 bootstrap resamples."
+
+
+def test_evaluate_takes_metrics_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_predictions(tmp_path)
+    line = "evaluate predictions.parquet --metric kuiper --metric adaptive_ece"
+    assert run(monkeypatch, line) == 0
+    rows = [text.split() for text in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[1:4]] == ["kuiper", "kuiper_p_value", "adaptive_ece"]
+    assert [len(row) for row in rows[1:4]] == [4, 2, 2], "an interval where there is one"
+    assert float(rows[2][1]) < 1e-3, "a p-value is shown, however small"
+    assert float(rows[2][1]) > 0
+    assert run(monkeypatch, f"{line} --json") == 0
+    after = json.loads(capsys.readouterr().out)["after"]
+    assert after["adaptive_ece"]["low"] is after["kuiper_p_value"]["high"] is None
+    assert run(monkeypatch, "evaluate predictions.parquet --metric adaptive_ece") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "300 rows."
+
+
+def test_evaluate_shows_groups_and_the_worst_of_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_predictions(tmp_path)
+    assert run(monkeypatch, "evaluate predictions.parquet --group-column town --metric nll --metric accuracy") == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[:2] for line in shown.splitlines()[4:7]] == [
+        ["Group", "Rows"], ["Paris", "150"], ["[Bonn]", "150"]
+    ]  # fmt: skip
+    assert "Worst by NLL (nats): [Bonn], " in shown
+    assert "Worst by Accuracy: [Bonn], " in shown
+    assert run(monkeypatch, "evaluate predictions.parquet --group-column town --json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record["groups"]) == {"Paris", "[Bonn]"}
+    assert {found["group"] for found in record["worst"].values()} == {"[Bonn]"}
+
+
+class Terminal(io.StringIO):
+    """What a terminal is sent."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_bar_counts_the_rows_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    write_predictions(tmp_path)
+    assert run(monkeypatch, "evaluate predictions.parquet") == 0
+    plain = capsys.readouterr()
+    assert plain.err == ""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert run(monkeypatch, "evaluate predictions.parquet") == 0
+    assert "300 rows" in terminal.getvalue()
+    assert capsys.readouterr().out == plain.out
+
+
+def test_an_interrupted_evaluation_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_predictions(tmp_path)
+
+    def interrupt(*rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf_calib.metrics.MetricCollection, "update", interrupt)
+    assert run(monkeypatch, "evaluate predictions.parquet") == 130
+    assert capsys.readouterr().err.startswith("hf-calib: interrupted")
+
+
 FIT = "fit --model model --dataset rows.jsonl --output made"
 
 
@@ -174,6 +278,12 @@ FIT = "fit --model model --dataset rows.jsonl --output made"
         ("evaluate nowhere.parquet", ["predictions", "nowhere.parquet"]),
         ("evaluate taken/precious.txt", ["predictions", "precious.txt", ".parquet"]),
         ("evaluate rows.csv", ["probs", "text, label"]),
+        ("evaluate logits.csv", ["logits.csv, row 1: probs: got values from 2.5", "logits.sigmoid()"]),
+        ("evaluate rows.csv --metric magic", ["metrics", "magic", "smooth_ece"]),
+        ("evaluate rows.csv --metric calibration_curve", ["metrics", "calibration_curve", "curve"]),
+        ("evaluate logits.csv --group-column town", ["logits.csv", "town", "probs, label"]),
+        ("evaluate --model model --dataset rows.csv --metric nll", ["predictions", "metric is for a file"]),
+        ("evaluate --model model --dataset rows.csv --group-column text", ["group_column is for a file"]),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(line, words, place, monkeypatch, capsys):

@@ -18,8 +18,8 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "folding", "hub", "models", "prediction_files", "predictions",
-        "training",
+        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "models",
+        "prediction_files", "predictions", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip
@@ -96,6 +96,14 @@ def test_the_mathematics_imports_torch_alone(path):
 def test_model_files_can_be_copied_into_a_repo(path):
     assert outside_imports(path) <= {"torch", "transformers", "huggingface_hub"}
     assert set(imported_rooms(path.read_text(encoding="utf-8"), path)) <= {"models"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "evaluate_modules").glob("*/*.py")), ids=lambda p: p.name)
+def test_scripts_of_evaluate_modules_can_be_copied_into_a_space(path):
+    """evaluate copies them by themselves: what they import must be installed."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert outside_imports(path) <= {"evaluate", "hf_calib"}
 
 
 def test_importing_the_package_leaves_heavy_libraries_alone(tmp_path):

@@ -5,11 +5,24 @@ import re
 from zipfile import ZipFile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 
-from hf_calib.prediction_files import SUFFIXES, read_predictions
+from hf_calib import prediction_files
+from hf_calib.functional import brier_score, expected_calibration_error, negative_log_likelihood
+from hf_calib.metrics import METRICS, GroupedMetric, MetricCollection
+from hf_calib.prediction_files import (
+    SUFFIXES,
+    count_rows,
+    iterate_predictions,
+    measure_predictions,
+    read_predictions,
+)
 
 
 PROBS = [[0.7, 0.2, 0.1], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0], [0.05, 0.9, 0.05]]
@@ -116,7 +129,7 @@ def test_probabilities_that_are_text_are_refused(suffix, tmp_path):
 
 def test_classes_of_unequal_length_are_refused(tmp_path):
     path = write(tmp_path / "rows.npz", {"probs_0": EVENTS, "probs_1": EVENTS[1:], "label": LABELS})
-    refused(path, r"predictions: .*: probs_0, probs_1, \.\.\. have \[3, 4\] rows")
+    refused(path, r"predictions: cannot read .*: .* length: 3 vs 4")
 
 
 EMPTY = [
@@ -146,6 +159,7 @@ DAMAGED = [
     (".csv", b"label,label\n1,1\n"),
     (".jsonl", b'{"probs": 0.5, "label": 1}\n{"probs": 0.5, "la'),
     (".jsonl", b'{"probs": 0.5, "label": 1}\n[0.5, 1]\n'),
+    (".jsonl", b'{"probs": 0.5, "label": 1, "label": 0}\n'),
 ]
 
 
@@ -185,3 +199,340 @@ def test_other_files_and_missing_ones_are_refused(tmp_path):
         tmp_path / "rows.xlsx", r"predictions: got .*rows\.xlsx; allowed are \.parquet, \.csv, \.jsonl, \.npz files"
     )
     refused(tmp_path / "rows.csv", r"predictions: there is no file .*rows\.csv", FileNotFoundError)
+
+
+def small_blocks(monkeypatch, num_bytes=64):
+    """Text files are read a few rows at a time."""
+    monkeypatch.setattr(prediction_files, "BLOCK_BYTES", num_bytes)
+
+
+def many(num_rows, num_labels=3, seed=0):
+    """Rows of class probabilities that sum to 1 in float64, and labels drawn from them."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(num_rows, num_labels, generator=generator, dtype=torch.float64).softmax(-1)
+    return probs, torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def columns_of(probs, labels, suffix):
+    """A list column, or where the format has no lists, a column per class."""
+    if suffix == ".csv":
+        return {**{f"probs_{k}": probs[:, k].tolist() for k in range(probs.shape[1])}, "label": labels.tolist()}
+    return {"probs": probs.tolist(), "label": labels.tolist()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    suffix=st.sampled_from(SUFFIXES),
+    num_rows=st.integers(1, 40),
+    num_labels=st.integers(1, 5),
+    batch_rows=st.one_of(st.none(), st.integers(1, 50)),
+    block=st.integers(130, 400),
+)
+def test_batches_are_the_rows_in_their_order_however_they_are_cut(
+    suffix, num_rows, num_labels, batch_rows, block, tmp_path_factory
+):
+    probs, labels = many(num_rows, num_labels)
+    path = write(tmp_path_factory.mktemp("cut") / f"rows{suffix}", columns_of(probs, labels, suffix))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_blocks(monkeypatch, block)
+        batches = list(iterate_predictions(path, batch_rows=batch_rows))
+    assert all(len(part) <= (batch_rows or num_rows) for part, _ in batches)
+    assert torch.equal(torch.cat([part for part, _ in batches]), probs)
+    assert torch.equal(torch.cat([part for _, part in batches]), labels)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_text_comes_in_blocks(suffix, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 400)
+    path = write(tmp_path / f"rows{suffix}", columns_of(*many(40), suffix))
+    assert len(list(iterate_predictions(path))) > 5
+
+
+def test_wide_rows_come_in_fewer_at_a_time(tmp_path):
+    probs, labels = many(3000, 1000)
+    parquet.write_table(pa.table({"probs": list(probs.numpy()), "label": labels.numpy()}), tmp_path / "rows.parquet")
+    np.savez(tmp_path / "rows.npz", probs=probs.numpy(), label=labels.numpy())
+    for name in ("rows.parquet", "rows.npz"):
+        sizes = [len(part) for _, part in iterate_predictions(tmp_path / name)]
+        assert sum(sizes) == 3000
+        assert 1000 < max(sizes) <= 2**20 / 1000
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_whole_numbers_first_and_fractions_later_are_one_column(suffix, tmp_path, monkeypatch):
+    small_blocks(monkeypatch)
+    columns = {"probs": [0] * 30 + [0.5], "label": [1] * 30 + [0.0]}
+    probs, labels = read_predictions(write(tmp_path / f"rows{suffix}", columns))
+    assert probs.tolist() == [0.0] * 30 + [0.5]
+    assert labels.tolist() == columns["label"]
+    if suffix == ".jsonl":
+        columns = {"probs": [[0, 1]] * 30 + [[0.5, 0.5]], "label": [1] * 31}
+        assert read_predictions(write(tmp_path / "lists.jsonl", columns))[0][-1].tolist() == [0.5, 0.5]
+
+
+LISTS = [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 3)]
+
+
+@pytest.mark.parametrize("kind", LISTS, ids=["list", "large_list", "fixed_size_list"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_file_s_precision_is_kept(kind, dtype, tmp_path):
+    value, path = getattr(pa, dtype)(), tmp_path / "rows.parquet"
+    rows = [[np.dtype(dtype).type(value) for value in row] for row in PROBS]
+    table = pa.table({"probs": pa.array(rows, kind(value)), "label": pa.array(LABELS, pa.uint8())})
+    parquet.write_table(table, path, row_group_size=3)
+    probs, labels = read_predictions(path)
+    assert probs.dtype == getattr(torch, dtype)
+    assert torch.equal(probs, torch.tensor(PROBS, dtype=probs.dtype))
+    assert torch.equal(labels, torch.tensor(LABELS))
+
+
+def test_columns_of_several_precisions_take_the_highest(tmp_path):
+    table = pa.table({"probs_0": pa.array([0.5], pa.float32()), "probs_1": [0.5], "label": pa.array([0], pa.int8())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert read_predictions(tmp_path / "rows.parquet")[0].dtype == torch.float64
+
+
+def test_other_kinds_of_numbers_are_float64(tmp_path):
+    for values in (pa.array([1, 0]), pa.array([True, False]), pa.array([1, 0], pa.decimal128(3, 1))):
+        parquet.write_table(pa.table({"probs": values, "label": [1, 0]}), tmp_path / "rows.parquet")
+        probs, _ = read_predictions(tmp_path / "rows.parquet")
+        assert (probs.dtype, probs.tolist()) == (torch.float64, [1.0, 0.0])
+
+
+def test_lists_of_lists_and_of_text_are_refused(tmp_path):
+    for values in ([[[0.5], [0.5]]], [["a", "b"]]):
+        parquet.write_table(pa.table({"probs": values, "label": [1]}), tmp_path / "rows.parquet")
+        refused(tmp_path / "rows.parquet", r"'probs' is \[.* in row 0; allowed are numbers, or lists of them")
+    parquet.write_table(pa.table({"probs": ["0.5"], "label": [1]}), tmp_path / "rows.parquet")
+    refused(tmp_path / "rows.parquet", r"'probs' is '0.5' in row 0; allowed are numbers, or lists")
+    np.savez(tmp_path / "deep.npz", probs=np.full((2, 2, 2), 0.5), label=[0, 1])
+    refused(tmp_path / "deep.npz", r"'probs' is \[\[0.5, 0.5\], \[0.5, 0.5\]\] in row 0")
+
+
+def test_a_long_list_is_not_shown_in_full(tmp_path):
+    parquet.write_table(pa.table({"probs": [[0.5, 0.5], [0.001] * 1000], "label": [1, 0]}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="in row 1") as caught:
+        read_predictions(tmp_path / "rows.parquet")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_bad_cell_is_named_by_its_row_in_the_file(suffix, tmp_path, monkeypatch):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 4)
+    events, labels = [0.5] * 40, [1.0] * 29 + [0.5] + [0.0] * 10
+    path = write(tmp_path / f"label{suffix}", {"probs": events, "label": labels})
+    refused(path, r"'label' is 0\.5 in row 29; allowed are whole numbers")
+    if suffix == ".csv":
+        path = write(tmp_path / "text.csv", {"probs": [*events[:-3], "high", 0.5, 0.5], "label": [1] * 40})
+        refused(path, r"'probs' is 'high' in row 37; allowed are numbers")
+    elif suffix != ".npz":
+        for wrong in ([1.0], None):
+            lists = [[0.5, 0.5]] * 33 + [wrong] + [[0.5, 0.5]] * 6
+            path = write(tmp_path / f"lists{suffix}", {"probs": lists, "label": [1] * 40})
+            refused(path, rf"'probs' is {re.escape(str(wrong))} in row 33; .* equally long")
+
+
+def test_all_rows_are_as_long_as_the_first_of_the_file(tmp_path):
+    lists = [[0.5, 0.5]] * 4 + [[0.2, 0.3, 0.5]] * 4
+    parquet.write_table(pa.table({"probs": lists, "label": [1] * 8}), tmp_path / "rows.parquet", row_group_size=4)
+    with pytest.raises(ValueError, match=r"'probs' is \[0.2, 0.3, 0.5\] in row 4; .* equally long"):
+        list(iterate_predictions(tmp_path / "rows.parquet", batch_rows=4))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_damage_in_the_middle_is_placed(suffix, tmp_path, monkeypatch):
+    small_blocks(monkeypatch)
+    path = write(tmp_path / f"rows{suffix}", {"probs": EVENTS * 10, "label": LABELS * 10})
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:30], lines[30] + ",]", *lines[31:]]))
+    refused(path, rf"predictions: cannot read .*rows{suffix} from row (2\d|30) on: .")
+
+
+def test_a_parquet_is_read_without_being_kept(tmp_path):
+    """A single row group of 48 MB, of which a few megabytes are held at a time."""
+    path, num_rows = tmp_path / "rows.parquet", 2_000_000
+    events = np.random.default_rng(0).uniform(size=num_rows)
+    label = np.random.default_rng(1).integers(0, 2, num_rows)
+    table = pa.table({"probs": events, "label": label, "unused": events})
+    parquet.write_table(table, path, row_group_size=num_rows, use_dictionary=False)
+    del table
+    before, held, read = pa.total_allocated_bytes(), 0, 0
+    for probs, _ in iterate_predictions(path):
+        held, read = max(held, pa.total_allocated_bytes() - before), read + len(probs)
+    assert read == count_rows(path) == num_rows
+    assert held < 12e6
+    assert path.stat().st_size > 32e6
+
+
+def test_only_parquet_knows_its_rows(tmp_path):
+    for suffix in SUFFIXES:
+        path = write(tmp_path / f"rows{suffix}", {"probs": EVENTS, "label": HAPPENED})
+        assert count_rows(path) == (4 if suffix == ".parquet" else None)
+    for name, message in (("none.parquet", "there is no file"), ("damaged.parquet", "cannot read")):
+        (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            count_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metrics_of_a_file_are_those_of_its_rows(suffix, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 500)
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 7)
+    probs, labels = many(100)
+    labels[::9] = -100
+    path, seen = write(tmp_path / f"rows{suffix}", columns_of(probs, labels, suffix)), []
+    found = measure_predictions(path, advance=seen.append)
+    assert (found.groups, found.total.num_rows) == ({}, 88)
+    assert sum(seen) == 100
+    assert len(seen) > 10
+    numbers = found.total.compute()
+    assert list(numbers) == ["accuracy", "nll", "brier", "ece", "smooth_ece"]
+    for name, function in (
+        ("nll", negative_log_likelihood),
+        ("brier", brier_score),
+        ("ece", expected_calibration_error),
+    ):
+        torch.testing.assert_close(numbers[name], function(probs, labels), rtol=0, atol=1e-12)
+
+
+def test_events_have_no_accuracy_and_metrics_can_be_chosen(tmp_path):
+    path = write(tmp_path / "rows.csv", {"probs": EVENTS, "label": HAPPENED})
+    assert list(measure_predictions(path).total.metrics) == ["nll", "brier", "ece", "smooth_ece"]
+    assert list(measure_predictions(path, ["mce", "brier"]).total.metrics) == ["mce", "brier"]
+    refused_metrics(path, "metrics: got 'magic'; allowed are accuracy, nll", ["magic"])
+    refused_metrics(path, "metrics: got 'calibration_curve', which is a curve", ["calibration_curve"])
+    refused_metrics(path, r"^probs: got shape .*; accuracy needs", ["accuracy"])
+
+
+def refused_metrics(path, message, metrics=(), **options):
+    with pytest.raises(ValueError, match=message) as caught:
+        measure_predictions(path, metrics, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+WRONG = [
+    ([2.0, -1.0], 0, "probs: got -1; allowed are values in"),
+    ([3.0, 1.0], 0, r"probs: the row sums to 4; allowed is 1 within 0\.0001\. Logits become"),
+    ([0.5, 0.49], 0, "probs: the row sums to 0.99; .* Rounded ones"),
+    ([np.nan, 1.0], 0, "probs: the row sums to nan"),
+    ([0.5, 0.5], 2, "labels: got 2; allowed are 0 to 1"),
+    ([0.5, 0.5], -1, "labels: got -1; allowed are 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("row", "label", "message"), WRONG)
+@pytest.mark.parametrize("where", [0, 6, 17, 39])
+def test_a_wrong_row_is_named_by_its_number_in_the_file(row, label, message, where, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 8)
+    probs, labels = np.full((40, 2), 0.5), np.full(40, 1)
+    labels[1:6] = -100  # rows that are left out are counted
+    probs[where], labels[where] = row, label
+    probs[-1] = row  # a later mistake does not come first
+    np.savez(tmp_path / "rows.npz", probs=probs, label=labels)
+    refused_metrics(tmp_path / "rows.npz", rf"^predictions: .*rows\.npz, row {where}: {message}")
+
+
+def test_events_that_are_logits_are_named_by_their_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 8)
+    for value in (2.5, -0.1, np.nan):
+        events = np.full(20, 0.5)
+        events[13] = value
+        np.savez(tmp_path / "rows.npz", probs=events, label=np.ones(20, dtype=int))
+        refused_metrics(tmp_path / "rows.npz", r"rows\.npz, row 13: probs: got values from .*logits\.sigmoid")
+
+
+def test_rows_that_are_left_out_do_not_count_and_cannot_be_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 2)
+    path = write(tmp_path / "rows.npz", {"probs": EVENTS, "label": [-100, -100, 1, 0]})
+    assert measure_predictions(path).total.num_rows == 2
+    path = write(tmp_path / "none.npz", {"probs": EVENTS, "label": [-100] * 4})
+    refused_metrics(path, "labels: no row of .* is left after leaving out those equal to -100")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("kind", ["names", "numbers"])
+def test_groups_are_measured_by_themselves(suffix, kind, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 500)
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 7)
+    probs, labels = many(90)
+    labels[4] = -100
+    groups = [{"names": ["de", "en", "fr"], "numbers": [3, 1, 2]}[kind][row % 3] for row in range(90)]
+    labels[[row for row in range(90) if row % 3 == 2]] = 0
+    path = write(tmp_path / f"rows{suffix}", {**columns_of(probs, labels, suffix), "group": groups})
+    found = measure_predictions(path, ["nll", "accuracy", "spiegelhalter", "adaptive_ece"], group_column="group")
+    record = found.group_records()
+    assert list(record["groups"]) == sorted(map(str, set(groups)))
+    assert sum(numbers["num_rows"] for numbers in record["groups"].values()) == found.total.num_rows == 89
+    assert list(record["worst"]) == ["nll", "accuracy", "adaptive_ece"], "a test has no worst group"
+    for name in record["worst"]:
+        wanted = GroupedMetric(name).update(probs, labels, groups).compute()
+        assert record["worst"][name]["group"] == wanted.worst
+        for group, value in wanted.values.items():
+            assert record["groups"][group][name] == pytest.approx(float(value), abs=1e-12)
+    worst = record["worst"]["nll"]
+    assert worst["low"] < worst["value"] < worst["high"]
+    assert worst["num_rows"] == record["groups"][worst["group"]]["num_rows"]
+    assert record["worst"]["adaptive_ece"]["low"] is None
+    whole = MetricCollection(["nll"])
+    whole.update(probs, labels)
+    assert float(found.total.compute()["nll"]) == pytest.approx(float(whole.compute()["nll"]), abs=1e-12)
+    assert measure_predictions(path).group_records() == {}
+
+
+def test_a_gap_is_a_group_and_a_group_of_ignored_rows_is_none(tmp_path):
+    groups = ["a", None, "b", "a"]
+    path = write(tmp_path / "rows.parquet", {"probs": EVENTS, "label": [1, 0, -100, 0], "group": groups})
+    assert list(measure_predictions(path, group_column="group").groups) == ["None", "a"]
+
+
+def test_groups_without_end_and_without_names_are_refused(tmp_path, monkeypatch):
+    path = write(
+        tmp_path / "rows.parquet", {"probs": EVENTS, "label": HAPPENED, "group": [4, 3, 2, 1], "wide": [[1]] * 4}
+    )
+    refused_metrics(path, "group_column: got a column of list.*; allowed are names and numbers", group_column="wide")
+    refused_metrics(path, "column: .* has no 'town'; it has probs, label, group, wide", group_column="town")
+    monkeypatch.setattr(prediction_files, "MAX_GROUPS", 3)
+    refused_metrics(path, "group_column: got 'group'; allowed are at most 3 groups", group_column="group")
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.is_curve])
+def test_every_metric_that_is_a_number_can_be_asked_for(name, tmp_path):
+    probs, labels = many(50)
+    path = write(tmp_path / "rows.npz", columns_of(probs, labels, ".npz"))
+    assert measure_predictions(path, [name]).total.num_rows == 50
+
+
+def test_the_number_of_threads_is_as_it_was(tmp_path):
+    path, before = write(tmp_path / "rows.npz", {"probs": EVENTS, "label": HAPPENED}), torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        used = []
+        measure_predictions(path, advance=lambda rows: used.append(torch.get_num_threads()))
+        assert (used, torch.get_num_threads()) == ([1], before + 1)
+        with pytest.raises(ValueError, match="allowed are accuracy"):
+            measure_predictions(path, ["magic"])
+        with pytest.raises(ValueError, match="accuracy needs"):
+            measure_predictions(path, ["accuracy"])
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_reading_is_one_batch_ahead_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_files, "BATCH_ROWS", 10)
+    np.savez(tmp_path / "rows.npz", probs=np.full(100, 0.5), label=np.ones(100, dtype=int))
+    read, ahead, plain = [], [], prediction_files._tensors
+
+    def watched(*options):
+        for batch in plain(*options):
+            read.append(len(batch.labels))
+            yield batch
+
+    monkeypatch.setattr(prediction_files, "_tensors", watched)
+    measured = []
+    measure_predictions(
+        tmp_path / "rows.npz", advance=lambda rows: (measured.append(rows), ahead.append(len(read) - len(measured)))
+    )
+    assert len(measured) == 10
+    assert max(ahead) <= 1

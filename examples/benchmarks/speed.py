@@ -1,4 +1,4 @@
-"""How long a temperature fit and an ECE take, in passes over the same numbers, beside scikit-learn and torchmetrics.
+"""How long a temperature fit and calibration errors take, in passes over the same numbers, beside other packages.
 
 One pass, the floor, is a `logsumexp` and a gather over the logits. Everything is timed in one process, in rounds, so
 that a machine that slows down slows all of it down; the medians' ratios are written to `results/speed.json`.
@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import relplot
 import torch
 from environment import environment
+from netcal.metrics import ECE
 from sklearn.calibration import _TemperatureScaling, calibration_curve
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from hf_calib import TemperatureScaling
-from hf_calib.functional import expected_calibration_error
+from hf_calib.functional import expected_calibration_error, smooth_calibration_error
 
 
 SHAPES = ((50_000, 1_000), (200_000, 10), (50_000, 10))
@@ -47,6 +49,11 @@ def sklearn_ece(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(accuracy - mean_confidence) @ counts[counts > 0] / len(labels))
 
 
+def relplot_smooth_ece(probs: np.ndarray, labels: np.ndarray) -> float:
+    """relplot's smooth ECE of the top label."""
+    return relplot.smECE(probs.max(1), (probs.argmax(1) == labels).astype(float))
+
+
 def jobs(num_rows: int, num_labels: int) -> dict[str, Callable[[], object]]:
     """What is timed on one shape, by name; `floor` is what the others are divided by."""
     logits, labels = make_logits(num_rows, num_labels)
@@ -58,7 +65,10 @@ def jobs(num_rows: int, num_labels: int) -> dict[str, Callable[[], object]]:
         "temperature, scikit-learn": lambda: _TemperatureScaling().fit(arrays[0], arrays[1]),
         "ECE": lambda: expected_calibration_error(probs, labels, num_bins=NUM_BINS),
         "ECE, torchmetrics": lambda: multiclass_calibration_error(probs, labels, num_labels, n_bins=NUM_BINS),
+        "ECE, netcal": lambda: ECE(NUM_BINS).measure(arrays[2], arrays[1]),
         "ECE, scikit-learn": lambda: sklearn_ece(arrays[2], arrays[1]),
+        "smooth ECE": lambda: smooth_calibration_error(probs, labels),
+        "smooth ECE, relplot": lambda: relplot_smooth_ece(arrays[2], arrays[1]),
     }
 
 
@@ -93,7 +103,7 @@ def main() -> None:
         "what": "median time in floors; a floor is one logsumexp and gather over the logits",
         "rounds": options.rounds,
         "shapes": shapes,
-        **environment("hf_calib", "torch", "scikit-learn", "torchmetrics", "numpy"),
+        **environment("hf_calib", "torch", "scikit-learn", "torchmetrics", "netcal", "relplot", "numpy"),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")
