@@ -156,7 +156,8 @@ def evaluate(
 def _evaluate_file(path: Path, metrics: list[str], seed: int, **columns: str | None) -> tuple[Any, dict[str, Any]]:
     """The report of a file of any length, of whose rows sums are kept; and its groups."""
     from .console import row_bar
-    from .prediction_files import count_rows, measure_predictions
+    from .measuring import measure_predictions
+    from .prediction_files import count_rows
     from .report import CalibrationReport
 
     with row_bar(count_rows(path)) as advance:

@@ -15,7 +15,7 @@ from .attaching import check_can_calibrate, in_eval_mode, label_names_of
 from .calibrators import Calibrator
 from .evaluate_modules import evaluate_module
 from .evaluate_modules.scores import as_calibrator
-from .predictions import _max_length, _model_labels
+from .predictions import max_length, model_labels
 
 
 BATCH_SIZE = 32
@@ -87,7 +87,7 @@ class CalibrationEvaluator(evaluate.TextClassificationEvaluator):
             options["calibrator"] = calibrator
         references = _references(data, label_column, pipe.model.config, label_mapping)
         # many tokenizers know no longest text, and evaluate then runs into the end of the position embeddings
-        settings = {"max_length": _max_length(pipe.tokenizer, pipe.model)}
+        settings = {"max_length": max_length(pipe.tokenizer, pipe.model)}
         if batch_size is not None:
             settings["batch_size"] = batch_size
         with in_eval_mode(pipe.model):
@@ -138,7 +138,7 @@ def _references(
     """The model's id of each row's label."""
     label_map = label_mapping and _label_map(label_mapping, getattr(data.features[column], "names", None))
     try:
-        return torch.tensor(_model_labels(data, column, config, label_map))
+        return torch.tensor(model_labels(data, column, config, label_map))
     except ValueError as error:  # its advice is for collect_predictions, whose mapping goes the other way
         problem, advice, _ = str(error).partition("; say which is which by label_map")
         remedy = "; say which is which by label_mapping, such as {'NEGATIVE': 'neg'}" if advice else ""

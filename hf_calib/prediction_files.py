@@ -1,11 +1,10 @@
-"""Probabilities and labels in a file (Parquet, CSV, JSON lines, `.npz`): read at once, in batches, or into metrics."""
+"""Probabilities and labels in a file (Parquet, CSV, JSON lines, `.npz`), read at once or in batches."""
 
 from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,18 +15,11 @@ import pyarrow as pa
 import torch
 from pyarrow import compute, csv, json, parquet
 
-from .functional.checks import check_probs
-from .metrics import METRICS, GroupedMetric, MetricCollection, make_metrics
-from .metrics.collection import named_numbers
-from .report import TITLES, CalibrationReport
-
 
 BATCH_NUMBERS = 2**20  # probabilities that a batch holds, by default
 BATCH_ROWS = 2**17  # and rows, at most
 STREAM_BYTES = 2**20  # read at a time of each Parquet column
 BLOCK_BYTES = 2**24  # text that is parsed at a time; a row of JSON may not be longer
-MAX_GROUPS = 1000  # each has sums of its own, up to some hundred kB
-IGNORED = -100
 
 # Reads some columns; how many rows at a time is a wish, since text comes in blocks of bytes
 Reader = Callable[[list[str], int | None], Iterable[pa.RecordBatch]]
@@ -68,7 +60,7 @@ def iterate_predictions(
         ValueError: another kind of file, one that cannot be read or holds no rows, a missing column, or values that
             are no numbers, with the number of their row in the file.
     """
-    for batch in _tensors(Path(path), probs_column, label_column, None, batch_rows):
+    for batch in read_batches(Path(path), probs_column, label_column, None, batch_rows):
         yield batch.probs, batch.labels
 
 
@@ -82,80 +74,7 @@ def count_rows(path: str | Path) -> int | None:
         return parquet.read_metadata(path).num_rows
 
 
-class Measured(NamedTuple):
-    """Metrics of all rows of a file, and of each group of them where there is a group column."""
-
-    total: MetricCollection
-    groups: dict[str, MetricCollection]
-
-    def group_records(self, seed: int = 0) -> dict[str, Any]:
-        """Plain JSON values: each group's numbers, and the worst group of each metric with the interval there.
-
-        Tests of calibration have no worst group: their statistics depend on how many rows there are. Without a group
-        column, nothing.
-        """
-        groups = {
-            group: {"num_rows": found.num_rows, **named_numbers(found.compute())}
-            for group, found in self.groups.items()
-        }
-        worst = {}
-        for name, metric in self.total.metrics.items() if groups else ():
-            if not isinstance(metric.compute(), tuple):
-                grouped = GroupedMetric(metric)
-                grouped.groups = {group: found.metrics[name] for group, found in self.groups.items()}
-                group = grouped.compute().worst
-                report = CalibrationReport.from_metrics(MetricCollection({name: grouped.groups[group]}), seed=seed)
-                worst[name] = {"group": group, "num_rows": report.num_rows, **report.to_dict()["after"][name]}
-        return {"groups": groups, "worst": worst} if groups else {}
-
-
-def measure_predictions(
-    path: str | Path,
-    metrics: Sequence[str] = (),
-    *,
-    probs_column: str = "probs",
-    label_column: str = "label",
-    group_column: str | None = None,
-    advance: Callable[[int], object] = lambda rows: None,
-) -> Measured:
-    """Streams a file into metrics, in memory that does not grow with its rows.
-
-    Args:
-        path, probs_column, label_column: as in `iterate_predictions`. Rows with the label -100 are left out.
-        metrics (names in `METRICS`, but not of curves): by default accuracy, NLL, Brier, ECE and smooth ECE; of events
-            there is no accuracy.
-        group_column (`str`, *optional*): names or numbers, at most 1,000 different ones.
-        advance (callable): is told the number of rows after each batch.
-    Returns:
-        [`Measured`]: `total`, and `groups` by name.
-    Raises:
-        ValueError: as `iterate_predictions` and, with the number of the row, as the metrics' functions.
-    """
-    path = Path(path)
-    for name in make_metrics(metrics):
-        if METRICS[name].is_curve:
-            raise ValueError(f"metrics: got {name!r}, which is a curve; allowed are those that are numbers")
-    groups: dict[str, MetricCollection] = {}
-    with _one_thread():
-        for batch in _ahead(_tensors(path, probs_column, label_column, group_column)):
-            if not metrics:
-                metrics = [name for name in TITLES if name != "accuracy" or batch.probs.dim() > 1]
-            for name, rows in _members(batch):
-                if name not in groups and len(groups) == MAX_GROUPS:
-                    raise ValueError(f"group_column: got {group_column!r}; allowed are at most {MAX_GROUPS} groups")
-                collection = groups.setdefault(name, MetricCollection(metrics))
-                try:
-                    collection.update(batch.probs[rows], batch.labels[rows])
-                except ValueError as error:
-                    raise _of_a_row(error, batch, path) from None
-            advance(len(batch.labels))
-    if not groups:
-        raise ValueError(f"labels: no row of {path} is left after leaving out those equal to {IGNORED}")
-    total = MetricCollection(metrics).merge(*groups.values())
-    return Measured(total, {} if group_column is None else dict(sorted(groups.items())))
-
-
-class _Tensors(NamedTuple):
+class Batch(NamedTuple):
     """A batch of a file."""
 
     first_row: int
@@ -164,9 +83,9 @@ class _Tensors(NamedTuple):
     groups: pa.Array | None
 
 
-def _tensors(
+def read_batches(
     path: Path, probs_column: str, label_column: str, group_column: str | None, batch_rows: int | None = None
-) -> Iterator[_Tensors]:
+) -> Iterator[Batch]:
     """The file's batches, checked to be numbers."""
     _check_file(path)
     names, read = _open(path)
@@ -187,71 +106,12 @@ def _tensors(
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             groups = None if group_column is None else batch[group_column][part]
-            yield _Tensors(first_row + start, probs[part], labels[part], groups)
-
-
-def _ahead(batches: Iterator[_Tensors]) -> Iterator[_Tensors]:
-    """The same, each read while the one before it is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads that share a batch wait for each other many times: on a busy machine, longer than the work takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+            yield Batch(first_row + start, probs[part], labels[part], groups)
 
 
 def _batch_rows(numbers: float) -> int:
     """Rows of so many numbers each that make a batch."""
     return max(1, min(BATCH_ROWS, int(BATCH_NUMBERS / max(1, numbers))))
-
-
-def _members(batch: _Tensors) -> Iterator[tuple[str, slice | torch.Tensor]]:
-    """The groups of a batch and their rows, which are not all ignored."""
-    kept = batch.labels != IGNORED
-    if batch.groups is None:
-        if kept.any():
-            yield "", slice(None)
-        return
-    if pa.types.is_nested(batch.groups.type):
-        raise ValueError(f"group_column: got a column of {batch.groups.type}; allowed are names and numbers")
-    encoded = batch.groups.dictionary_encode("encode")  # gaps are a group too
-    rows = kept.nonzero()[:, 0]
-    codes = torch.from_dlpack(encoded.indices)[rows].long()
-    parts = rows[codes.argsort(stable=True)].split(torch.bincount(codes, minlength=len(encoded.dictionary)).tolist())
-    for name, part in zip(encoded.dictionary.to_pylist(), parts, strict=True):
-        if len(part):
-            # JSON's whole numbers are floating here
-            yield str(int(name) if isinstance(name, float) and name.is_integer() else name), part
-
-
-def _of_a_row(error: ValueError, batch: _Tensors, path: Path) -> ValueError:
-    """What is wrong with the first wrong row, and its number; the error itself where each row alone is right."""
-    rows = (batch.labels != IGNORED).nonzero()[:, 0]
-    while len(rows) > 1:
-        half = rows[: len(rows) // 2]
-        rows = half if _complaint(batch, half) else rows[len(half) :]
-    if not (complaint := _complaint(batch, rows)):
-        return error
-    complaint = complaint.replace("row 0 ", "the row ", 1)  # of the one row that was checked
-    return ValueError(f"predictions: {path}, row {batch.first_row + int(rows)}: {complaint}")
-
-
-def _complaint(batch: _Tensors, rows: torch.Tensor) -> str:
-    try:
-        check_probs(batch.probs[rows], batch.labels[rows])
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _check_file(path: Path) -> None:
@@ -424,7 +284,7 @@ class _Cells(NamedTuple):
         if pa.types.is_integer(self.values.type) and not self.values.null_count:
             return torch.from_dlpack(self.values.cast(pa.int64(), safe=False))
         numbers = self.numbers("whole numbers")
-        wrong = ((numbers.frac() == 0) & numbers.isfinite()).logical_not().nonzero()
+        wrong = (numbers.frac() == 0).logical_not().nonzero()  # written so that NaN and infinity are wrong too
         if len(wrong):
             row = int(wrong[0])
             raise self.refused(row, "whole numbers", numbers[row].item())

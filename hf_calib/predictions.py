@@ -93,7 +93,7 @@ def collect_predictions(
     dataset = dataset.with_format(None)  # plain Python values, whatever it was set to
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size!r}; allowed are integers from 1 up")
-    labels = torch.tensor(_model_labels(dataset, label_column, model.config, label_map))
+    labels = torch.tensor(model_labels(dataset, label_column, model.config, label_map))
     tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
     _check_tokenizer(tokenizer)
     encoded = _encode(dataset, texts, tokenizer, model)
@@ -133,7 +133,7 @@ def _check_dataset(dataset: Any, columns: list[str]) -> None:
         raise ValueError("dataset: got 0 rows; allowed are splits with at least one")
 
 
-def _model_labels(dataset: Any, column: str, config: Any, label_map: Mapping[str, str] | None) -> list[int]:
+def model_labels(dataset: Any, column: str, config: Any, label_map: Mapping[str, str] | None) -> list[int]:
     """The model's id of each row's label, matched by name."""
     values, feature, known = dataset[column][:], dataset.features[column], label_names_of(config)
     names = getattr(feature, "names", None)
@@ -203,7 +203,7 @@ def _encode(dataset: Any, texts: list[str], tokenizer: Any, model: PreTrainedMod
         for row, text in enumerate(column):
             if not isinstance(text, str):
                 raise ValueError(f"{name}: row {row} is {text!r}; allowed are strings")
-    limit = _max_length(tokenizer, model)
+    limit = max_length(tokenizer, model)
     encoded = tokenizer(*columns, truncation=limit is not None, max_length=limit)
     for row, tokens in enumerate(encoded["input_ids"]):
         if not tokens:
@@ -211,7 +211,7 @@ def _encode(dataset: Any, texts: list[str], tokenizer: Any, model: PreTrainedMod
     return [{key: encoded[key][row] for key in encoded} for row in range(len(dataset))]
 
 
-def _max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
+def max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
     """The most tokens that both can take, if there is a most. RoBERTa's first positions are kept for padding."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or NO_LIMIT]
     for name, module in model.named_modules():

@@ -18,8 +18,8 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "models",
-        "prediction_files", "predictions", "training",
+        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "measuring",
+        "models", "prediction_files", "predictions", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip

@@ -36,11 +36,29 @@ def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.T
 def bin_numbers(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """The bin of each score: `(N, K)` scores and `(K, num_bins - 1)` edges give `(N, K)` int64 in `[0, num_bins)`."""
     if edges.shape[1] > FEW_EDGES:
-        return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
+        return _search(scores, edges)
     numbers, above = torch.zeros_like(scores), torch.empty_like(scores)
     for edge in edges.T:
         numbers += torch.gt(scores, edge, out=above)  # floating, which torch vectorises; bool it does not
     return numbers.long()
+
+
+def _search(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """`bin_numbers` among many edges: looked up where equal widths would have them, and searched where that is wrong.
+
+    A look-up takes a twentieth of the time of a search. In half precision neighbouring edges coincide.
+    """
+    num_columns, num_bins = edges.shape[0], edges.shape[1] + 1
+    if scores.dtype in (torch.float32, torch.float64):
+        ends = edges.new_tensor([-1.0, 2.0]).expand(num_columns, 2)
+        bounds = torch.cat([ends[:, :1], edges, ends[:, 1:]], dim=1).reshape(-1)
+        first = torch.arange(num_columns, device=scores.device) * (num_bins + 1)
+        cells = (scores * num_bins).long().clamp_max_(num_bins - 1).add_(first)
+        cells -= (scores <= bounds[cells]).long()  # the product is rounded, and bins include their upper end
+        cells += (scores > bounds[cells + 1]).long()
+        if bool(((scores > bounds[cells]) & (scores <= bounds[cells + 1])).all()):
+            return cells.sub_(first)
+    return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
 
 
 def bin_sums(scores: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:

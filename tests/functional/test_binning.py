@@ -104,3 +104,18 @@ def test_every_column_has_bins_of_its_own(how):
     together = bin_numbers(scores, interior_edges(scores, 7, how))
     for column in range(3):
         assert together[:, column].tolist() == bins_of(scores[:, column], 7, how)
+
+
+@every_dtype
+@pytest.mark.parametrize("num_bins", [40, 1000, 7680])
+def test_a_look_up_finds_what_a_search_finds(dtype, num_bins):
+    """Scores on edges, right beside them and anywhere, in columns; edges of equal width and others."""
+    edges = interior_edges(torch.zeros(1, 2, dtype=dtype), num_bins, "width")
+    up, down = (torch.nextafter(edges[0].float(), torch.tensor(end)).to(dtype) for end in (2.0, -1.0))
+    anywhere = torch.rand(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = torch.cat([edges[0], up, down, anywhere, torch.tensor([0.0, 1.0, 5e-8], dtype=dtype)]).clamp(0, 1)
+    scores = torch.stack([scores, scores.flip(0)], dim=1)
+    for among in (edges, edges.square(), torch.stack([edges[0], edges[1].sqrt()])):
+        found = bin_numbers(scores, among)
+        expected = torch.stack([(scores[:, k, None] > among[k]).sum(-1) for k in range(2)], dim=1)
+        assert torch.equal(found, expected)
