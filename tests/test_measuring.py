@@ -10,7 +10,7 @@ from hf_calib.measuring import measure_predictions
 from hf_calib.metrics import METRICS, GroupedMetric, MetricCollection
 from hf_calib.prediction_files import SUFFIXES
 
-from .test_prediction_files import EVENTS, HAPPENED, columns_of, many, write
+from .test_prediction_files import EVENTS, HAPPENED, columns_of, many, small_blocks, write
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
