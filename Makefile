@@ -24,6 +24,7 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test $(VENV)/.package
 	$(BIN)/python examples/benchmarks/speed.py
+	$(BIN)/python examples/benchmarks/stream.py
 	$(BIN)/python examples/benchmarks/demo.py
 	$(BIN)/python examples/benchmarks/readme.py
 

@@ -1,0 +1,140 @@
+"""`hf-calib evaluate` on a Parquet file of ten million rows: its time beside that of reading the file, and its memory.
+
+Each kind of file is written in row groups into a temporary folder, read with pyarrow alone and evaluated, in rounds,
+each time in a process of its own. The best times and the largest peak go to `results/stream.json`.
+
+    python examples/benchmarks/stream.py            # a few minutes and 1.1 GB of disk
+    python examples/benchmarks/stream.py --rounds 1 --rows 1000000
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from environment import environment
+from pyarrow import parquet
+
+
+NUM_LABELS = 10
+GROUP_ROWS = 500_000
+RESULT = Path(__file__).parent / "results" / "stream.json"
+
+# What a process is asked to do with the file that its argument names. It says on its last line how many seconds that
+# took, without its start, and the largest memory it has had in all.
+REPORT = """
+import json, resource, sys, time
+import pyarrow.parquet as parquet
+{imports}
+started = time.perf_counter()
+{work}
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps({{"seconds": seconds, "peak": peak}}))
+"""
+READ = {
+    "imports": "",
+    "work": "file = parquet.ParquetFile(sys.argv[1])\nfor group in range(file.num_row_groups): file.read_row_group(group)",
+}
+EVALUATE = {
+    "imports": "from hf_calib.cli import app\nimport hf_calib.console, hf_calib.measuring",
+    "work": "app(['evaluate', sys.argv[1]], standalone_mode=False)",
+}
+
+
+def event_groups(num_rows: int) -> Iterator[pa.Table]:
+    """Confidence that is right, and whether the answer was."""
+    rng = np.random.default_rng(0)
+    for start in range(0, num_rows, GROUP_ROWS):
+        size = min(GROUP_ROWS, num_rows - start)
+        confidence = rng.uniform(size=size).astype(np.float32)
+        yield pa.table({"probs": confidence, "label": (rng.uniform(size=size) < confidence).astype(np.int64)})
+
+
+def class_groups(num_rows: int, as_lists: bool) -> Iterator[pa.Table]:
+    """Class probabilities that are right, as a list per row or a column per class, and labels drawn from them."""
+    rng = np.random.default_rng(0)
+    for start in range(0, num_rows, GROUP_ROWS):
+        size = min(GROUP_ROWS, num_rows - start)
+        logits = 2 * rng.standard_normal((size, NUM_LABELS), dtype=np.float32)
+        label = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+        probs = np.exp(logits)
+        probs /= probs.sum(1, keepdims=True)
+        if as_lists:
+            ends = np.arange(0, probs.size + 1, NUM_LABELS, dtype=np.int32)
+            yield pa.table({"probs": pa.ListArray.from_arrays(ends, probs.reshape(-1)), "label": label})
+        else:
+            yield pa.table({**{f"probs_{k}": probs[:, k].copy() for k in range(NUM_LABELS)}, "label": label})
+
+
+def write(path: Path, groups: Iterator[pa.Table]) -> None:
+    """One row group for each table."""
+    first = next(groups)
+    with parquet.ParquetWriter(path, first.schema) as writer:
+        writer.write_table(first)
+        for table in groups:
+            writer.write_table(table)
+
+
+def run(task: dict[str, str], path: Path) -> dict[str, float]:
+    """The task in a new process: seconds of the work, of all, and the peak in bytes."""
+    started = time.perf_counter()
+    code = REPORT.format(**task)
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    return {**json.loads(result.stdout.splitlines()[-1]), "whole": time.perf_counter() - started}
+
+
+def measure(path: Path, rounds: int) -> dict[str, float]:
+    """The best of each over the rounds; of the peak, the largest."""
+    pairs = [(run(READ, path), run(EVALUATE, path)) for _ in range(rounds)]
+    read = 2 * min(reading["seconds"] for reading, _ in pairs)
+    seconds = min(evaluation["seconds"] for _, evaluation in pairs)
+    return {
+        "megabytes": path.stat().st_size / 1e6,
+        "reading_twice_seconds": read,
+        "evaluate_seconds": seconds,
+        "evaluate_over_reading_twice": seconds / read,
+        "command_seconds": min(evaluation["whole"] for _, evaluation in pairs),
+        "peak_megabytes": max(evaluation["peak"] for _, evaluation in pairs) / 1e6,
+    }
+
+
+def main() -> None:
+    """Measures every kind of file and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    kinds = {
+        "confidence and correctness": event_groups(options.rows),
+        f"{NUM_LABELS} classes, a list per row": class_groups(options.rows, as_lists=True),
+        f"{NUM_LABELS} classes, a column each": class_groups(options.rows, as_lists=False),
+    }
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "predictions.parquet"
+        for kind, groups in kinds.items():
+            write(path, groups)
+            files[kind] = found = measure(path, options.rounds)
+            print(kind, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True)
+    record = {
+        "what": "hf-calib evaluate of a Parquet file in float32, its five metrics with intervals: seconds without the "
+        "start of the process, and of the whole command; reading is pyarrow's, all row groups, from the page cache",
+        "rows": options.rows,
+        "rounds": options.rounds,
+        "files": files,
+        **environment("hf_calib", "torch", "transformers", "pyarrow", "numpy"),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
