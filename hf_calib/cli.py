@@ -158,11 +158,10 @@ def _evaluate_file(path: Path, metrics: list[str], seed: int, **columns: str | N
     from .console import row_bar
     from .measuring import measure_predictions
     from .prediction_files import count_rows
-    from .report import CalibrationReport
 
     with row_bar(count_rows(path)) as advance:
         found = measure_predictions(path, metrics, advance=advance, **columns)
-    return CalibrationReport.from_metrics(found.total, seed=seed), found.group_records(seed)
+    return found.report(seed), found.group_records(seed)
 
 
 def _evaluate_model(model: str, data: tuple[str, str | None, str], batch_size: int, seed: int, **columns: Any) -> Any:

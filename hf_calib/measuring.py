@@ -22,12 +22,29 @@ MAX_GROUPS = 1000  # each has sums of its own, up to some hundred kB
 IGNORED = -100
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that share a batch wait for each other many times: on a busy machine, longer than the work takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Measured(NamedTuple):
     """Metrics of all rows of a file, and of each group of them where there is a group column."""
 
     total: MetricCollection
     groups: dict[str, MetricCollection]
 
+    @_one_thread()
+    def report(self, seed: int = 0) -> CalibrationReport:
+        """The report of all rows."""
+        return CalibrationReport.from_metrics(self.total, seed=seed)
+
+    @_one_thread()
     def group_records(self, seed: int = 0) -> dict[str, Any]:
         """Plain JSON values: each group's numbers, and the worst group of each metric with the interval there.
 
@@ -49,6 +66,7 @@ class Measured(NamedTuple):
         return {"groups": groups, "worst": worst} if groups else {}
 
 
+@_one_thread()
 def measure_predictions(
     path: str | Path,
     metrics: Sequence[str] = (),
@@ -76,19 +94,18 @@ def measure_predictions(
         if METRICS[name].is_curve:
             raise ValueError(f"metrics: got {name!r}, which is a curve; allowed are those that are numbers")
     groups: dict[str, MetricCollection] = {}
-    with _one_thread():
-        for batch in _ahead(read_batches(path, probs_column, label_column, group_column)):
-            if not metrics:
-                metrics = [name for name in TITLES if name != "accuracy" or batch.probs.dim() > 1]
-            for name, rows in _members(batch):
-                if name not in groups and len(groups) == MAX_GROUPS:
-                    raise ValueError(f"group_column: got {group_column!r}; allowed are at most {MAX_GROUPS} groups")
-                collection = groups.setdefault(name, MetricCollection(metrics))
-                try:
-                    collection.update(batch.probs[rows], batch.labels[rows])
-                except ValueError as error:
-                    raise _of_a_row(error, batch, path) from None
-            advance(len(batch.labels))
+    for batch in _ahead(read_batches(path, probs_column, label_column, group_column)):
+        if not metrics:
+            metrics = [name for name in TITLES if name != "accuracy" or batch.probs.dim() > 1]
+        for name, rows in _members(batch):
+            if name not in groups and len(groups) == MAX_GROUPS:
+                raise ValueError(f"group_column: got {group_column!r}; allowed are at most {MAX_GROUPS} groups")
+            collection = groups.setdefault(name, MetricCollection(metrics))
+            try:
+                collection.update(batch.probs[rows], batch.labels[rows])
+            except ValueError as error:
+                raise _of_a_row(error, batch, path) from None
+        advance(len(batch.labels))
     if not groups:
         raise ValueError(f"labels: no row of {path} is left after leaving out those equal to {IGNORED}")
     total = MetricCollection(metrics).merge(*groups.values())
@@ -102,17 +119,6 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := coming.result()) is not None:
             coming = pool.submit(next, batches, None)
             yield batch
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads that share a batch wait for each other many times: on a busy machine, longer than the work takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _members(batch: Batch) -> Iterator[tuple[str, slice | torch.Tensor]]:

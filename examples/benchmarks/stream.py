@@ -40,7 +40,7 @@ print(json.dumps({{"seconds": seconds, "peak": peak}}))
 """
 READ = {
     "imports": "",
-    "work": "file = parquet.ParquetFile(sys.argv[1])\nfor group in range(file.num_row_groups): file.read_row_group(group)",
+    "work": "file = parquet.ParquetFile(sys.argv[1])\nfor index in range(file.num_row_groups):\n    file.read_row_group(index)",
 }
 EVALUATE = {
     "imports": "from hf_calib.cli import app\nimport hf_calib.console, hf_calib.measuring",
