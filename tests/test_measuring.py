@@ -141,13 +141,18 @@ def test_every_metric_that_is_a_number_can_be_asked_for(name, tmp_path):
     assert measure_predictions(path, [name]).total.num_rows == 50
 
 
-def test_the_number_of_threads_is_as_it_was(tmp_path):
+def test_the_number_of_threads_is_as_it_was(tmp_path, monkeypatch):
     path, before = write(tmp_path / "rows.npz", {"probs": EVENTS, "label": HAPPENED}), torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
         used = []
-        measure_predictions(path, advance=lambda rows: used.append(torch.get_num_threads()))
-        assert (used, torch.get_num_threads()) == ([1], before + 1)
+        found = measure_predictions(path, advance=lambda rows: used.append(torch.get_num_threads()))
+        assert found.report().num_rows == 4
+        monkeypatch.setattr(
+            measuring.CalibrationReport, "from_metrics", lambda metrics, seed: used.append(torch.get_num_threads())
+        )
+        found.report()
+        assert (used, torch.get_num_threads()) == ([1, 1], before + 1)
         with pytest.raises(ValueError, match="allowed are accuracy"):
             measure_predictions(path, ["magic"])
         with pytest.raises(ValueError, match="accuracy needs"):

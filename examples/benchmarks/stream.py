@@ -38,14 +38,13 @@ seconds = time.perf_counter() - started
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 print(json.dumps({{"seconds": seconds, "peak": peak}}))
 """
-READ = {
-    "imports": "",
-    "work": "file = parquet.ParquetFile(sys.argv[1])\nfor index in range(file.num_row_groups):\n    file.read_row_group(index)",
-}
-EVALUATE = {
-    "imports": "from hf_calib.cli import app\nimport hf_calib.console, hf_calib.measuring",
-    "work": "app(['evaluate', sys.argv[1]], standalone_mode=False)",
-}
+READ = """
+file = parquet.ParquetFile(sys.argv[1])
+for group in range(file.num_row_groups):
+    file.read_row_group(group)
+"""
+IMPORTS = "from hf_calib import console, measuring\nfrom hf_calib.cli import app"
+EVALUATE = "app(['evaluate', sys.argv[1]], standalone_mode=False)"
 
 
 def event_groups(num_rows: int) -> Iterator[pa.Table]:
@@ -82,17 +81,17 @@ def write(path: Path, groups: Iterator[pa.Table]) -> None:
             writer.write_table(table)
 
 
-def run(task: dict[str, str], path: Path) -> dict[str, float]:
-    """The task in a new process: seconds of the work, of all, and the peak in bytes."""
+def run(path: Path, work: str, imports: str = "") -> dict[str, float]:
+    """The work in a new process: its seconds, those of the whole process, and the peak in bytes."""
     started = time.perf_counter()
-    code = REPORT.format(**task)
+    code = REPORT.format(imports=imports, work=work)
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     return {**json.loads(result.stdout.splitlines()[-1]), "whole": time.perf_counter() - started}
 
 
 def measure(path: Path, rounds: int) -> dict[str, float]:
     """The best of each over the rounds; of the peak, the largest."""
-    pairs = [(run(READ, path), run(EVALUATE, path)) for _ in range(rounds)]
+    pairs = [(run(path, READ), run(path, EVALUATE, IMPORTS)) for _ in range(rounds)]
     read = 2 * min(reading["seconds"] for reading, _ in pairs)
     seconds = min(evaluation["seconds"] for _, evaluation in pairs)
     return {
