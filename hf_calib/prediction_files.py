@@ -15,6 +15,8 @@ import pyarrow as pa
 import torch
 from pyarrow import compute, csv, json, parquet
 
+from .functional.checks import check_count
+
 
 BATCH_NUMBERS = 2**20  # probabilities that a batch holds, by default
 BATCH_ROWS = 2**17  # and rows, at most
@@ -60,6 +62,8 @@ def iterate_predictions(
         ValueError: another kind of file, one that cannot be read or holds no rows, a missing column, or values that
             are no numbers, with the number of their row in the file.
     """
+    if batch_rows is not None:
+        check_count("batch_rows", batch_rows)
     for batch in read_batches(Path(path), probs_column, label_column, None, batch_rows):
         yield batch.probs, batch.labels
 

@@ -238,6 +238,13 @@ def test_batches_are_the_rows_in_their_order_however_they_are_cut(
     assert torch.equal(torch.cat([part for _, part in batches]), labels)
 
 
+@pytest.mark.parametrize("batch_rows", [0, -1, 1.5])
+def test_a_batch_has_a_row_at_least(batch_rows, tmp_path):
+    path = write(tmp_path / "rows.csv", {"probs": EVENTS, "label": HAPPENED})
+    with pytest.raises(ValueError, match=f"batch_rows: got {batch_rows}; allowed are integers from 1 up"):
+        next(iterate_predictions(path, batch_rows=batch_rows))
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_text_comes_in_blocks(suffix, tmp_path, monkeypatch):
     small_blocks(monkeypatch, 400)

@@ -130,9 +130,9 @@ def _check_rows(name: str, probs: torch.Tensor) -> torch.Tensor:
     """Rows sum to 1: half-precision rows honestly miss it by their own rounding, so the tolerance follows."""
     tolerance = max(1e-4, torch.finfo(probs.dtype).eps)
     total = probs.sum(-1, dtype=torch.promote_types(probs.dtype, torch.float32))
-    excess = (total - 1).abs()
-    if not excess.amax() <= tolerance:  # written so that NaN is wrong too
-        row = int((excess <= tolerance).logical_not().nonzero()[0])
+    # aminmax passes NaN on, and the comparisons are written so that it is wrong too
+    if not all(abs(float(end) - 1) <= tolerance for end in torch.aminmax(total)):
+        row = int(((total - 1).abs() <= tolerance).logical_not().nonzero()[0])
         remedy = "Logits become probabilities by logits.softmax(-1)"
         if abs(float(total[row]) - 1) < ROUNDED:
             remedy = "Rounded ones are mended by probs / probs.sum(-1, keepdim=True)"

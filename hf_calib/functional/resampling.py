@@ -51,7 +51,9 @@ def mean_statistic(values: torch.Tensor) -> SumStatistic:
     return SumStatistic(cells, values[:, None], 1, lambda sums: sums[..., 0] / len(values))
 
 
-def resample_counts(num_rows: int, num_resamples: int, *, seed: int = 0) -> Iterator[torch.Tensor]:
+def resample_counts(
+    num_rows: int, num_resamples: int, *, seed: int = 0, size: int | None = None
+) -> Iterator[torch.Tensor]:
     """How often each row occurs in resamples of `num_rows` rows, drawn with replacement, in blocks of resamples.
 
     Statistics that are given the same blocks are paired.
@@ -60,11 +62,12 @@ def resample_counts(num_rows: int, num_resamples: int, *, seed: int = 0) -> Iter
         num_rows (`int`): rows to draw from, and rows in each resample.
         num_resamples (`int`): resamples in all.
         seed (`int`): the same seed gives the same resamples; the global random state is not touched.
+        size (`int`, *optional*): numbers that one resample takes, which bounds the blocks; by default `num_rows`.
     Yields:
         `torch.Tensor` of shape `(num_rows, block)`, float64: column sums are `num_rows`.
     """
     generator = torch.Generator().manual_seed(seed)
-    block = max(1, BLOCK_ELEMENTS // num_rows)
+    block = max(1, BLOCK_ELEMENTS // (size or num_rows))
     for start in range(0, num_resamples, block):
         size = min(block, num_resamples - start)
         drawn = torch.randint(num_rows, (size, num_rows), generator=generator)
@@ -117,6 +120,8 @@ def bootstrap_interval(estimate: float, replicates: torch.Tensor, *, level: floa
     Source:
         Efron & Tibshirani 1993, chapters 10 and 13.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level: got {level!r}; allowed are numbers between 0 and 1")
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (torch.nanquantile(replicates, tails) - replicates.nanmean() + estimate).tolist()
     return low, high

@@ -11,7 +11,7 @@ import torch
 
 from ..functional.binning import bin_numbers, bin_sums, interior_edges
 from ..functional.calibration import TARGETS, checked_events
-from ..functional.checks import TASKS, check_choice, check_probs
+from ..functional.checks import TASKS, check_choice, check_count, check_probs
 from ..functional.resampling import Estimate, SumStatistic, bootstrap_interval, mean_statistic, resample_groups
 from .distributed import sum_over_processes
 
@@ -88,6 +88,7 @@ class Metric:
     name: ClassVar[str]  # the key in METRICS
     function: ClassVar[Callable]  # the same, exactly, of all rows at once
     higher_is_better: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = True  # of probabilities and labels, as several metrics can share them
     is_curve: ClassVar[bool] = False  # no number, so without interval
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)  # where an interval ends
 
@@ -128,6 +129,7 @@ class Metric:
         Raises:
             ValueError: no row was seen, or this metric's sums do not say how rows differ; `bootstrap` takes rows.
         """
+        check_count("num_resamples", num_resamples)
         self._check_rows()
         self.check_number()
         replicates = self._replicates(self.sums.cpu(), num_resamples, seed)
@@ -142,9 +144,8 @@ class Metric:
 
     def merge(self, *others: Metric) -> Metric:
         """Adds what others have seen, which must be the same metric with the same options. Returns the metric."""
+        self.check_equal(*others)
         for other in others:
-            if other.options() != self.options():
-                raise ValueError(f"others: got {other!r}; allowed are equal metrics, {self!r}")
             if other.sums is not None:
                 self.add(other.sums, other.num_rows)
         return self
@@ -163,6 +164,17 @@ class Metric:
     def statistic(self, rows: Rows) -> SumStatistic:
         """The metric of these rows as a function of how often each occurs, for the bootstrap."""
         raise NotImplementedError
+
+    def check_equal(self, *others: Metric) -> None:
+        """Raises a ValueError unless all are the same metric with the same options, of the same classes."""
+        size = None if self.sums is None else len(self.sums)
+        for other in others:
+            if not isinstance(other, Metric) or other.options() != self.options():
+                raise ValueError(f"others: got {other!r}; allowed are equal metrics, {self!r}")
+            if other.sums is not None:
+                size = size or len(other.sums)
+                if len(other.sums) != size:
+                    raise ValueError(f"others: got one of other classes, {len(other.sums)} sums; allowed are {size}")
 
     def check_number(self) -> None:
         """Raises a ValueError unless the metric is a number, as intervals are of numbers."""

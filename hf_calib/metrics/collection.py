@@ -59,8 +59,10 @@ class MetricCollection:
         for other in others:
             if other.metrics.keys() != self.metrics.keys():
                 raise ValueError(f"others: got {', '.join(other.metrics)}; allowed are {', '.join(self.metrics)}")
-            for name, metric in self.metrics.items():
-                metric.merge(other.metrics[name])
+        for name, metric in self.metrics.items():
+            metric.check_equal(*(other.metrics[name] for other in others))
+        for name, metric in self.metrics.items():
+            metric.merge(*(other.metrics[name] for other in others))
         return self
 
     def reset(self) -> None:
@@ -70,7 +72,8 @@ class MetricCollection:
 
     def all_reduce(self) -> MetricCollection:
         """A collection with the rows of all processes, as `Metric.all_reduce`."""
-        return MetricCollection({name: metric.all_reduce() for name, metric in self.metrics.items()}, task=self.task)
+        total = {name: metric.all_reduce() for name, metric in self.metrics.items()}
+        return MetricCollection(total, task=self.task, ignore_index=self.ignore_index)
 
 
 class ComputeMetrics:
@@ -80,7 +83,8 @@ class ComputeMetrics:
     processes before it comes here, so every process sees every row.
 
     Args:
-        metrics, task: as in `MetricCollection`. Logits become probabilities by softmax, when multi-label by sigmoid.
+        metrics, task: as in `MetricCollection`; by default accuracy (of one label), NLL, Brier and ECE. Logits become
+            probabilities by softmax, when multi-label by sigmoid.
         shift (`bool`): for causal language models, whose logits at a position are about the next one.
     Example:
         >>> import torch
@@ -95,11 +99,13 @@ class ComputeMetrics:
 
     def __init__(
         self,
-        metrics: Sequence[str] | Mapping[str, Metric] = ("accuracy", "nll", "brier", "ece"),
+        metrics: Sequence[str] | Mapping[str, Metric] | None = None,
         *,
         task: str | None = None,
         shift: bool = False,
     ):
+        if metrics is None:
+            metrics = ("accuracy", "nll", "brier", "ece") if task is None else ("nll", "brier", "ece")
         self.collection = MetricCollection(metrics, task=task)
         if curves := [name for name, metric in self.collection.metrics.items() if metric.is_curve]:
             raise ValueError(f"metrics: {', '.join(curves)} is no number, which is what a Trainer logs")

@@ -45,26 +45,32 @@ class GroupedMetric:
 
     def __init__(self, metric: str | Metric = "ece"):
         self.metric = metric if isinstance(metric, Metric) else make_metrics([metric])[metric]
+        self.metric.check_number()
         self.groups: dict[str, Metric] = {}
 
     def update(self, probs: torch.Tensor, labels: torch.Tensor, groups: Sequence[Any] | torch.Tensor) -> GroupedMetric:
         """Adds rows; `groups` has a name or number for each entry of the first dimension. Returns the metric."""
+        found = GroupedMetric(self.metric)
         for name, members in group_rows(labels, groups, self.metric.ignore_index):
-            if name not in self.groups:
-                self.groups[name] = copy.copy(self.metric).reset()
-            self.groups[name].update(probs[members], labels[members])
-        return self
+            found.groups[name] = copy.copy(self.metric).reset().update(probs[members], labels[members])
+        return self.merge(found)  # not before every group has accepted its rows
 
     def compute(self) -> Groups[torch.Tensor]:
         """The metric of each group, `()` float64, and the name of the worst group."""
-        return self._found({name: self.groups[name].compute() for name in sorted(self.groups)})
+        return self._found({name: metric.compute() for name, metric in self._seen()})
 
     def interval(self, **options: Any) -> Groups[Estimate]:
         """As `compute`, with each group's interval: `Metric.interval` of its own rows."""
-        return self._found({name: self.groups[name].interval(**options) for name in sorted(self.groups)})
+        return self._found({name: metric.interval(**options) for name, metric in self._seen()})
 
     def merge(self, *others: GroupedMetric) -> GroupedMetric:
         """Adds what others have seen. Returns the metric itself."""
+        for other in others:
+            for metric in other.groups.values():
+                self.metric.check_equal(metric)
+            for name, metric in other.groups.items():
+                if name in self.groups:
+                    self.groups[name].check_equal(metric)
         for other in others:
             for name, metric in other.groups.items():
                 if name in self.groups:
@@ -86,10 +92,14 @@ class GroupedMetric:
         total.groups = {name: self.groups.get(name, none).all_reduce() for name in names}
         return total
 
+    def _seen(self) -> list[tuple[str, Metric]]:
+        """Groups by name; one without any event, as without a predicted entity, has no number."""
+        return [(name, self.groups[name]) for name in sorted(self.groups) if self.groups[name].num_rows]
+
     def _found(self, values: dict[str, Any]) -> Groups:
         if not values:
             raise ValueError(f"{self.metric.name}: no row was seen; call update(probs, labels, groups) first")
-        return Groups(values, _worst(values, self.metric.higher_is_better))
+        return Groups(values, _worst(values, self.metric))
 
 
 def bootstrap_groups(
@@ -112,13 +122,16 @@ def bootstrap_groups(
     Raises:
         ValueError: as `bootstrap`; or there are not as many groups as rows.
     """
-    metric = metric if isinstance(metric, Metric) else make_metrics([metric], task=options.get("task"))[metric]
+    if not isinstance(metric, Metric):
+        shared = {key: options[key] for key in ("task", "ignore_index") if key in options}
+        metric = make_metrics([metric], **shared)[metric]
+    options = {"task": metric.task, "ignore_index": metric.ignore_index, **options}
     found = {
         name: bootstrap({name: metric}, probs[members], labels[members], **options)[name]
-        for name, members in group_rows(labels, groups, options.get("ignore_index", metric.ignore_index))
+        for name, members in group_rows(labels, groups, options["ignore_index"])
     }
     found = {name: found[name] for name in sorted(found)}
-    return Groups(found, _worst(found, metric.higher_is_better))
+    return Groups(found, _worst(found, metric))
 
 
 def group_rows(
@@ -128,6 +141,7 @@ def group_rows(
     names = [str(name) for name in (groups.tolist() if isinstance(groups, torch.Tensor) else groups)]
     if len(names) != len(labels):
         raise ValueError(f"groups: got {len(names)} for {len(labels)} rows; allowed is one for each")
+    labels = labels.long()  # first: in uint8 the label 156 would equal -100
     numbers: dict[str, int] = {}
     codes = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64)
     order = codes.argsort(stable=True)
@@ -139,12 +153,14 @@ def group_rows(
     return found
 
 
-def _worst(values: dict[str, Any], higher_is_better: bool) -> str:
+def _worst(values: dict[str, Any], metric: Metric) -> str:
     """A group whose metric is not defined (NaN) is never the worst, unless no other is there."""
-    sign = 1 if higher_is_better else -1
 
     def badness(name: str) -> float:
-        number = sign * float(values[name].value if isinstance(values[name], Estimate) else values[name])
-        return math.inf if math.isnan(number) else number
+        value = values[name]
+        number = float(value[0] if isinstance(value, tuple) else value)  # of an estimate and of a test
+        if metric.bounds[0] < 0:  # a deviation to either side
+            number = abs(number)
+        return -math.inf if math.isnan(number) else -number if metric.higher_is_better else number
 
-    return min(values, key=badness)
+    return max(values, key=badness)

@@ -40,7 +40,8 @@ def bootstrap(
         num_resamples (`int`), seed (`int`): as in `resample_counts`.
         level (`float`): coverage in (0, 1).
     Returns:
-        `dict` of `str` to [`Estimate`]: `value`, `low`, `high`, `num_rows`. An interval is about noise alone: a
+        `dict` of `str` to [`Estimate`]: `value`, `low`, `high`, `num_rows`. Values are those of the streaming classes,
+        whose cells AURC, AUROC and the like are read off. An interval is about noise alone: a
         plug-in ECE is biased upward on few rows, and so is its interval; `"debiased_ece"` is what to ask there.
     Raises:
         ValueError: as the metrics' functions; a metric that is no single number.
@@ -116,7 +117,9 @@ def _resampled(
 
     num_rows = len(sides[0])
     values = evaluate(torch.ones(num_rows, 1, dtype=torch.float64))
-    blocks = [evaluate(counts) for counts in resample_counts(num_rows, num_resamples, seed=seed)]
+    # a block holds the sums of its resamples too, of which some metrics have more than rows
+    size = max([num_rows, *(statistic.size for side in statistics for statistic in side.values())])
+    blocks = [evaluate(counts) for counts in resample_counts(num_rows, num_resamples, seed=seed, size=size)]
     replicates = [
         {name: torch.cat([block[index][name] for block in blocks]) for name in metrics} for index in range(len(sides))
     ]

@@ -60,6 +60,8 @@ def make_metrics(
 ) -> dict[str, Metric]:
     """Fresh metrics by their names, or the mapping itself; a ValueError lists the names when there is none."""
     if isinstance(metrics, Mapping):
+        for name, metric in metrics.items():
+            _check_metric(name, metric, task, ignore_index)
         return dict(metrics)
     if isinstance(metrics, str):
         metrics = [metrics]
@@ -67,3 +69,18 @@ def make_metrics(
         if name not in METRICS:
             raise ValueError(f"metrics: got {name!r}; allowed are {', '.join(METRICS)}")
     return {name: METRICS[name](task=task, ignore_index=ignore_index) for name in metrics}
+
+
+def _check_metric(name: str, metric: Metric, task: str | None, ignore_index: int) -> None:
+    if not isinstance(metric, Metric):
+        raise ValueError(f"metrics: {name!r} is {metric!r}; allowed are metrics, such as METRICS['ece'](num_bins=10)")
+    if not metric.reads_rows:
+        raise ValueError(
+            f"metrics: {name!r} reads structured outputs by itself; allowed are metrics of probabilities and labels, "
+            "which its events can be given to"
+        )
+    if (metric.task, metric.ignore_index) != (task, ignore_index):
+        raise ValueError(
+            f"metrics: {name!r} has task={metric.task!r} and ignore_index={metric.ignore_index}; allowed are those of "
+            f"the call, {task!r} and {ignore_index}"
+        )

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 
 from ..functional import sequence as exact
-from ..functional.resampling import SumStatistic
 from .base import Metric, Rows
 from .registry import make_metrics
 
@@ -26,6 +25,7 @@ class StructuredMetric(Metric):
         **options: as in the function that finds the events.
     """
 
+    reads_rows = False
     events_of: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 
     def __init__(self, metric: str | Metric = "ece", *, ignore_index: int = -100, **options: Any):
@@ -39,6 +39,11 @@ class StructuredMetric(Metric):
         return self.metric.bounds
 
     @property
+    def is_curve(self) -> bool:
+        """As the metric of events."""
+        return self.metric.is_curve
+
+    @property
     def higher_is_better(self) -> bool:
         """As of the metric of events."""
         return self.metric.higher_is_better
@@ -50,9 +55,6 @@ class StructuredMetric(Metric):
             return self
         rows = Rows(*events)
         return self.add(self.sums_of(rows), len(rows))
-
-    def statistic(self, rows: Rows) -> SumStatistic:
-        return self.metric.statistic(rows)
 
     def options(self) -> dict:
         return {**super().options(), "metric": self.metric.options()}

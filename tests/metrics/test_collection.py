@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainingArguments
 
-from hf_calib.metrics import METRICS, ComputeMetrics, MetricCollection
+from hf_calib.metrics import METRICS, ComputeMetrics, MetricCollection, SequenceMetric
 
 from .every import class_rows, event_rows
 
@@ -137,3 +137,36 @@ def test_a_trainer_evaluates_without_keeping_logits(classifier, tokenizer, label
     probs = torch.tensor(plain.predictions).softmax(-1)
     expected = METRICS["ece"].function(probs, torch.tensor(plain.label_ids)).item()
     assert found["eval_ece"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", [MetricCollection, ComputeMetrics])
+def test_metrics_that_do_not_read_rows_or_read_other_rows_are_refused(how):
+    """A structured metric would be given tokens for sequences; other rows would be counted than the metric says."""
+    with pytest.raises(ValueError, match=r"^metrics: 'it' reads structured outputs by itself"):
+        how({"it": SequenceMetric("brier")})
+    with pytest.raises(ValueError, match=r"^metrics: 'it' has task=None and ignore_index=0; allowed are those of"):
+        how({"it": METRICS["accuracy"](ignore_index=0)})
+    with pytest.raises(ValueError, match=r"^metrics: 'it' is <class .*allowed are metrics, such as METRICS"):
+        how({"it": METRICS["ece"]})
+
+
+def test_what_is_added_up_over_processes_ignores_the_same_rows():
+    collection = MetricCollection(["accuracy"], ignore_index=0)
+    collection.update(*class_rows())
+    total = collection.all_reduce()
+    total.update(*class_rows())
+    assert total.num_rows == 2 * collection.num_rows < 800
+
+
+def test_a_merge_that_fails_changes_nothing():
+    one, other = (MetricCollection(["nll", "classwise_ece"]) for _ in range(2))
+    one.update(*class_rows())
+    other.update(*class_rows(num_labels=3))
+    with pytest.raises(ValueError, match=r"^others: got one of other classes, 135 sums; allowed are 180"):
+        one.merge(other)
+    assert [metric.num_rows for metric in one.metrics.values()] == [400, 400]
+
+
+def test_several_labels_have_defaults_too():
+    logits, labels = torch.zeros(4, 3), torch.ones(4, 3)
+    assert list(ComputeMetrics(task="multilabel")(EvalPrediction(logits, labels))) == ["nll", "brier", "ece"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_calib.metrics import METRICS, GroupedMetric, bootstrap, bootstrap_groups
+from hf_calib.metrics import METRICS, EntityMetric, GroupedMetric, bootstrap, bootstrap_groups
 
 from .every import class_rows
 
@@ -92,3 +92,38 @@ def test_wrong_groups_are_refused():
         GroupedMetric("entropy")
     with pytest.raises(ValueError, match=r"^ece: no row was seen"):
         GroupedMetric("ece").compute()
+
+
+@pytest.mark.parametrize("name", ["ks", "kuiper", "spiegelhalter"])
+def test_the_worst_of_tests_has_the_largest_statistic_of_either_sign(name):
+    confidence = torch.full((400,), 0.7, dtype=torch.float64)
+    right = (torch.arange(400) % 10 < 9).long()  # too modest, by far
+    right[FRENCH] = (torch.arange(100) % 10 < 6).long()  # a little too sure
+    assert GroupedMetric(name).update(confidence, right, GROUPS).compute().worst == "de"
+    assert bootstrap_groups(name, confidence, right, GROUPS, num_resamples=20).worst == "de"
+
+
+def test_curves_have_no_worst_group():
+    with pytest.raises(ValueError, match=r"^metrics: calibration_curve is a curve and no number"):
+        GroupedMetric("calibration_curve")
+
+
+def test_a_group_without_events_has_no_number():
+    tags = ["O", "B-PER"]
+    probs = torch.tensor([[[0.1, 0.9], [0.8, 0.2]], [[0.9, 0.1], [0.8, 0.2]]])
+    metric = GroupedMetric(EntityMetric(tags, "brier")).update(probs, torch.zeros(2, 2, dtype=torch.int64), ["a", "b"])
+    assert list(metric.compute().values) == ["a"]
+
+
+def test_an_update_that_fails_changes_nothing():
+    metric = GroupedMetric("ece").update(PROBS, LABELS, GROUPS)
+    wrong = PROBS.clone()
+    wrong[::4] = 3.0
+    with pytest.raises(ValueError, match=r"^probs: row 0 sums to"):
+        metric.update(wrong, LABELS, GROUPS)
+    assert {name: found.num_rows for name, found in metric.groups.items()} == {"de": 300, "fr": 100}
+
+
+def test_labels_in_eight_bits_are_not_ignored_for_wrapping_around():
+    probs, labels = torch.full((4, 200), 1 / 200), torch.tensor([156, 156, 1, 2], dtype=torch.uint8)
+    assert list(GroupedMetric("ece").update(probs, labels, ["x", "x", "y", "y"]).groups) == ["x", "y"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_calib.functional import expected_calibration_error
+from hf_calib.functional import expected_calibration_error, resampling
 from hf_calib.metrics import METRICS, bootstrap, compare
 
 from .every import class_rows
@@ -115,3 +115,18 @@ def test_wrong_arguments_are_refused():
         bootstrap(["nll"], probs, labels, num_resamples=0)
     with pytest.raises(ValueError, match=r"^metrics: got 'entropy'; allowed are accuracy, nll"):
         bootstrap(["entropy"], probs, labels)
+    for level in (0, 1, 95, -1):
+        with pytest.raises(ValueError, match=rf"^level: got {level}; allowed are numbers between 0 and 1"):
+            bootstrap(["nll"], probs, labels, level=level)
+    with pytest.raises(ValueError, match=r"^num_resamples: got 0; allowed are integers from 1 up"):
+        METRICS["ece"]().update(probs, labels).interval(num_resamples=0)
+
+
+def test_a_block_of_resamples_is_bounded_by_the_sums_too(monkeypatch):
+    """Sums of four classes over 7,680 cells are more than twenty rows."""
+    monkeypatch.setattr(resampling, "BLOCK_ELEMENTS", 3 * 4 * 7680 * 2)
+    blocks = [block.shape[1] for block in resampling.resample_counts(20, 5, size=3 * 4 * 7680)]
+    assert blocks == [2, 2, 1]
+    found = bootstrap(["adaptive_ece"], *class_rows(20), num_resamples=5)
+    monkeypatch.undo()
+    assert found == bootstrap(["adaptive_ece"], *class_rows(20), num_resamples=5)

@@ -82,7 +82,7 @@ def test_batches_are_the_whole(case, name):
     interval = metric.interval(num_resamples=100)
     assert interval.low < interval.high
     assert interval.num_rows == metric.num_rows
-    assert bootstrap({"it": metric}, *events, num_resamples=100)["it"].num_rows == metric.num_rows
+    assert bootstrap([name], *events, num_resamples=100)[name].num_rows == metric.num_rows
 
 
 @every_case
