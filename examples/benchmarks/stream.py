@@ -3,7 +3,7 @@
 Each kind of file is written in row groups into a temporary folder, read with pyarrow alone and evaluated, in rounds,
 each time in a process of its own. The best times and the largest peak go to `results/stream.json`.
 
-    python examples/benchmarks/stream.py            # a few minutes and 1.1 GB of disk
+    python examples/benchmarks/stream.py            # some five minutes and 1 GB of disk
     python examples/benchmarks/stream.py --rounds 1 --rows 1000000
 """
 
@@ -56,7 +56,7 @@ def event_groups(num_rows: int) -> Iterator[pa.Table]:
         yield pa.table({"probs": confidence, "label": (rng.uniform(size=size) < confidence).astype(np.int64)})
 
 
-def class_groups(num_rows: int, as_lists: bool) -> Iterator[pa.Table]:
+def class_groups(num_rows: int, dtype: type, as_lists: bool = True) -> Iterator[pa.Table]:
     """Class probabilities that are right, as a list per row or a column per class, and labels drawn from them."""
     rng = np.random.default_rng(0)
     for start in range(0, num_rows, GROUP_ROWS):
@@ -64,7 +64,7 @@ def class_groups(num_rows: int, as_lists: bool) -> Iterator[pa.Table]:
         logits = 2 * rng.standard_normal((size, NUM_LABELS), dtype=np.float32)
         label = (logits + rng.gumbel(size=logits.shape)).argmax(1)
         probs = np.exp(logits)
-        probs /= probs.sum(1, keepdims=True)
+        probs = (probs / probs.sum(1, keepdims=True)).astype(dtype)
         if as_lists:
             ends = np.arange(0, probs.size + 1, NUM_LABELS, dtype=np.int32)
             yield pa.table({"probs": pa.ListArray.from_arrays(ends, probs.reshape(-1)), "label": label})
@@ -111,10 +111,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    classes = f"{NUM_LABELS} classes, a"
     kinds = {
-        "confidence and correctness": event_groups(options.rows),
-        f"{NUM_LABELS} classes, a list per row": class_groups(options.rows, as_lists=True),
-        f"{NUM_LABELS} classes, a column each": class_groups(options.rows, as_lists=False),
+        "confidence and correctness, float32": event_groups(options.rows),
+        f"{classes} column each, float32": class_groups(options.rows, np.float32, as_lists=False),
+        f"{classes} list per row, float32": class_groups(options.rows, np.float32),
+        f"{classes} list per row, float64": class_groups(options.rows, np.float64),
     }
     files = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +126,7 @@ def main() -> None:
             files[kind] = found = measure(path, options.rounds)
             print(kind, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True)
     record = {
-        "what": "hf-calib evaluate of a Parquet file in float32, its five metrics with intervals: seconds without the "
+        "what": "hf-calib evaluate of a Parquet file, the five metrics with intervals: seconds without the "
         "start of the process, and of the whole command; reading is pyarrow's, all row groups, from the page cache",
         "rows": options.rows,
         "rounds": options.rounds,
