@@ -8,7 +8,7 @@ from .checks import check_choice, check_count
 
 
 BINNINGS = ("width", "mass")
-BLOCK_ELEMENTS = 2**20  # numbers worked on at a time: small enough for a cache, large enough for a call to pay
+BLOCK_ELEMENTS = 2**19  # scores binned at a time: small enough for a cache, large enough for a call to pay
 FEW_EDGES = 32  # up to here a comparison with each edge is quicker than a search
 
 
@@ -37,14 +37,10 @@ def bin_numbers(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """The bin of each score: `(N, K)` scores and `(K, num_bins - 1)` edges give `(N, K)` int64 in `[0, num_bins)`."""
     if edges.shape[1] > FEW_EDGES:
         return _search(scores, edges)
-    return torch.cat([_count_below(edges, block) for block in scores.split(_block_rows(edges.numel()))])
-
-
-def _count_below(edges: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """`bin_numbers` among few edges: how many lie below each score."""
-    # floating and not bool, since torch vectorises that; it counts exactly in every dtype
-    below = torch.gt(scores, edges.T[:, None], out=scores.new_empty(edges.shape[1], *scores.shape))
-    return below.sum(0).long()
+    numbers, above = torch.zeros_like(scores), torch.empty_like(scores)
+    for edge in edges.T:
+        numbers += torch.gt(scores, edge, out=above)  # floating, which torch vectorises; bool it does not
+    return numbers.long()
 
 
 def _search(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
@@ -78,15 +74,10 @@ def bin_sums(scores: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor) 
     num_columns, num_bins = scores.shape[1], edges.shape[1] + 1
     sums = torch.zeros(3, num_columns * num_bins, dtype=torch.float64, device=scores.device)
     first_bin = torch.arange(num_columns, device=scores.device) * num_bins
-    rows = max(num_bins, _block_rows(num_columns))  # no fewer scores than sums
+    rows = max(num_bins, BLOCK_ELEMENTS // num_columns)  # no fewer scores than sums
     for block, happened in zip(scores.split(rows), outcomes.split(rows), strict=True):
         cells = (bin_numbers(block, edges) + first_bin).reshape(-1)
         for total, weights in zip(sums, (None, block, happened), strict=True):
             weights = None if weights is None else weights.reshape(-1).double()
             total += torch.bincount(cells, weights, minlength=len(total))
     return sums.view(3, num_columns, num_bins)
-
-
-def _block_rows(elements: int) -> int:
-    """How many rows are worked on at a time that have so many numbers each."""
-    return max(1, BLOCK_ELEMENTS // max(1, elements))

@@ -65,8 +65,8 @@ def check_log_probs(
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raises a ValueError unless every label lies in `[0, num_labels)`."""
-    low, high = (int(value) for value in torch.aminmax(labels.long()))
-    if low < 0 or high >= num_labels:
+    if not _are_in_range(labels, num_labels):
+        low, high = (int(value) for value in torch.aminmax(labels.long()))
         raise ValueError(f"labels: got {low if low < 0 else high}; allowed are 0 to {num_labels - 1}")
 
 
@@ -92,15 +92,24 @@ def _kept_rows(
         probs = probs.reshape(-1, probs.shape[-1])
     # int64 first: in uint8 the label 156 would equal -100
     labels = labels.long().reshape(probs.shape if task == "multilabel" else (-1,))
-    kept = labels != ignore_index
-    if kept.dim() == 2:
-        kept = kept.any(-1)
-    if not kept.all():
+    num_labels = 2 if probs.dim() == 1 or task == "multilabel" else probs.shape[-1]
+    if 0 <= ignore_index < num_labels or not _are_in_range(labels, num_labels):  # else there is none to leave out
+        kept = labels != ignore_index
+        if kept.dim() == 2:
+            kept = kept.any(-1)
         probs, labels = probs[kept], labels[kept]
-    if len(labels) == 0:
-        raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
-    check_labels(labels, 2 if probs.dim() == 1 or task == "multilabel" else probs.shape[-1])
+        if len(labels) == 0:
+            raise ValueError(f"labels: no row is left after leaving out those equal to ignore_index={ignore_index}")
+        check_labels(labels, num_labels)
     return probs, labels
+
+
+def _are_in_range(labels: torch.Tensor, num_labels: int) -> bool:
+    """Whether there are labels and all of them lie in `[0, num_labels)`."""
+    if labels.numel() == 0:
+        return False
+    low, high = torch.aminmax(labels.long())
+    return int(low) >= 0 and int(high) < num_labels
 
 
 def _check_shapes(name: str, probs: torch.Tensor, labels: torch.Tensor, task: str | None) -> None:
