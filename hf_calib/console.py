@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .calibrators import Calibrator
-from .report import TITLES, CalibrationReport, cell
+from .functional.resampling import Estimate
+from .report import TITLES, CalibrationReport
 
 
 def print_report(report: CalibrationReport, console: Console) -> None:
@@ -32,10 +33,12 @@ def print_groups(record: dict[str, Any], console: Console) -> None:
     names = list(next(iter(record["groups"].values())))[1:]
     table = _table("Group", "Rows", *(TITLES.get(name, name) for name in names))
     for group, numbers in record["groups"].items():
-        table.add_row(_escape(group), f"{numbers['num_rows']:,}", *(cell(numbers[name]) for name in names))
+        num_rows = numbers["num_rows"]
+        cells = (str(Estimate(numbers[name], None, None, num_rows)) for name in names)
+        table.add_row(_escape(group), f"{num_rows:,}", *cells)
     console.print(table)
     for name, found in record["worst"].items():
-        number = cell(found["value"], found["low"], found["high"])
+        number = Estimate(found["value"], found["low"], found["high"], found["num_rows"])
         line = f"Worst by {TITLES.get(name, name)}: {found['group']}, {number}, {found['num_rows']:,} rows."
         console.print(line, markup=False, highlight=False)
 

@@ -15,7 +15,7 @@ from .functional.checks import check_probs
 from .metrics import METRICS, GroupedMetric, MetricCollection, make_metrics
 from .metrics.collection import named_numbers
 from .prediction_files import Batch, read_batches
-from .report import TITLES, CalibrationReport
+from .report import CalibrationReport, default_metrics
 
 
 MAX_GROUPS = 1000  # each has sums of its own, up to some hundred kB
@@ -96,7 +96,7 @@ def measure_predictions(
     groups: dict[str, MetricCollection] = {}
     for batch in _ahead(read_batches(path, probs_column, label_column, group_column)):
         if not metrics:
-            metrics = [name for name in TITLES if name != "accuracy" or batch.probs.dim() > 1]
+            metrics = default_metrics(classes=batch.probs.dim() > 1)
         for name, rows in _members(batch):
             if name not in groups and len(groups) == MAX_GROUPS:
                 raise ValueError(f"group_column: got {group_column!r}; allowed are at most {MAX_GROUPS} groups")

@@ -85,7 +85,7 @@ class CalibrationReport:
     def rows(self) -> list[list[str]]:
         """The table's cells, a row per metric."""
         if self.before is None:
-            return [[TITLES.get(name, name), cell(*estimate[:3])] for name, estimate in self.after.items()]
+            return [[TITLES.get(name, name), str(estimate)] for name, estimate in self.after.items()]
         return [
             [
                 TITLES[name],
@@ -111,6 +111,11 @@ class CalibrationReport:
             f"{self.num_rows:,} rows; in brackets the 95 % interval over {self.num_resamples:,} bootstrap resamples."
         )
 
+    def gain_is_real(self) -> bool:
+        """Whether NLL, the proper score, falls by more than chance and rounding."""
+        change = self.change["nll"]
+        return self.num_rows >= FEW and change.high < 0 and change.low <= -SAME
+
     def verdict(self) -> str:
         """One sentence: did NLL, the proper score, change for real, and if these rows cannot tell, how many could."""
         if self.change is None:
@@ -119,7 +124,7 @@ class CalibrationReport:
         if max(abs(low), abs(high)) < SAME:
             return "Nothing changed: the probabilities are the same before and after."
         interval = f"{abs(gain):.4f} nats (95 % interval of the gain {low:+.4f} to {high:+.4f})"
-        if self.num_rows >= FEW and low > 0:
+        if self.gain_is_real():
             return f"The gain is real: NLL falls by {interval}."
         if self.num_rows >= FEW and high < 0:
             return f"Do not use this calibrator: NLL rises by {interval}."
@@ -130,11 +135,9 @@ class CalibrationReport:
         return f"{some} too few to tell: NLL {verb} by {interval}; {settle} would settle it."
 
 
-def cell(value: float, low: float | None = None, high: float | None = None) -> str:
-    """A number as tables show it, with its interval where there is one."""
-    if low is None or high is None:
-        return f"{value:.4f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"  # a p-value can be tiny
-    return f"{value:.4f} [{low:.3f}, {high:.3f}]"
+def default_metrics(*, classes: bool) -> list[str]:
+    """The metrics of the table, by name: all five of class probabilities; of events there is no accuracy."""
+    return [name for name in TITLES if classes or name != "accuracy"]
 
 
 def evaluate_calibration(
@@ -165,7 +168,7 @@ def evaluate_calibration(
     Source:
         Intervals: `hf_calib.functional.resampling.bootstrap_interval`. ECE with 15 bins: Guo et al. 2017.
     """
-    names = [name for name in TITLES if name != "accuracy" or (isinstance(probs, torch.Tensor) and probs.dim() > 1)]
+    names = default_metrics(classes=isinstance(probs, torch.Tensor) and probs.dim() > 1)
     options = {"num_resamples": num_resamples, "seed": seed, "ignore_index": ignore_index}
     sides = [probs] if before is None else [probs, before]
     if before is None:

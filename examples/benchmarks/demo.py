@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from environment import environment
+from environment import write_result
 
 from hf_calib.demo import run_demo
 
@@ -33,8 +33,7 @@ def main() -> None:
             shutil.copy(folder / name, CARD / name)
         record = json.loads((folder / "calibrator.json").read_text())
     kept = {key: record[key] for key in ("type", "num_labels", "fit")}
-    made = {"command": f"hf-calib demo --seed {SEED}", **kept, **environment("hf_calib", *READ)}
-    RESULT.write_text(json.dumps(made, indent=2) + "\n")
+    write_result(RESULT, {"command": f"hf-calib demo --seed {SEED}", **kept}, "hf_calib", *READ)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ that a machine that slows down slows all of it down; the medians' ratios are wri
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import relplot
 import torch
-from environment import environment
+from environment import write_result
 from netcal.metrics import ECE
 from sklearn.calibration import _TemperatureScaling, calibration_curve
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -103,10 +102,9 @@ def main() -> None:
         "what": "median time in floors; a floor is one logsumexp and gather over the logits",
         "rounds": options.rounds,
         "shapes": shapes,
-        **environment("hf_calib", "torch", "scikit-learn", "torchmetrics", "netcal", "relplot", "numpy"),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    packages = ("hf_calib", "torch", "scikit-learn", "torchmetrics", "netcal", "relplot", "numpy")
+    write_result(options.output, record, *packages)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from environment import environment
+from environment import write_result
 from pyarrow import parquet
 
 
@@ -131,10 +131,8 @@ def main() -> None:
         "rows": options.rows,
         "rounds": options.rounds,
         "files": files,
-        **environment("hf_calib", "torch", "transformers", "pyarrow", "numpy"),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(options.output, record, "hf_calib", "torch", "transformers", "pyarrow", "numpy")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from ..functional.checks import check_choice
 from ..functional.scoring import logits_of
 from ..metrics import METRICS, Metric, Rows, bootstrap, compare, score_decomposition
 from ..metrics.collection import named_numbers
-from ..report import FEW, SAME, CalibrationReport
+from ..report import CalibrationReport, default_metrics
 
 
-DEFAULT_METRICS = ("accuracy", "nll", "brier", "ece", "smooth_ece")
 DECOMPOSITION = "score_decomposition"
 DECOMPOSITION_OPTIONS = ("score", "calibrator", "num_folds", "seed")
 
@@ -124,10 +123,8 @@ def comparison_scores(
         scores |= {f"{name}_value1": before.value, f"{name}_value2": after.value, f"{name}_change": change.value}
         scores |= {f"{name}_low": change.low, f"{name}_high": change.high}
     sides = ({name: getattr(item, side) for name, item in found.items()} for side in ("after", "before", "change"))
-    report, nll = CalibrationReport(len(first), num_resamples, *sides), found["nll"].change
-    # where the verdict calls the gain real
-    better = len(first) >= FEW and nll.high < 0 and nll.low <= -SAME
-    return {**scores, "better": int(better), "verdict": report.verdict(), "num_rows": len(first)}
+    report = CalibrationReport(len(first), num_resamples, *sides)
+    return {**scores, "better": int(report.gain_is_real()), "verdict": report.verdict(), "num_rows": len(first)}
 
 
 def as_calibrator(calibrator: Calibrator | str | Path) -> Calibrator:
@@ -145,7 +142,7 @@ def _chosen(metrics: str | Sequence[str] | MetricOptions | None, rows: Rows) -> 
     """Metric name -> its options."""
     classes = rows.probs.dim() == 2 and rows.task is None
     if metrics is None:
-        metrics = [name for name in DEFAULT_METRICS if classes or name != "accuracy"]
+        metrics = default_metrics(classes=classes)
     metrics = [metrics] if isinstance(metrics, str) else metrics
     chosen = {name: dict(metrics[name]) if isinstance(metrics, Mapping) else {} for name in metrics}
     for name in chosen:

@@ -13,14 +13,17 @@ FEW = 4096  # rows up to which groups are resampled row by row
 
 
 class Estimate(NamedTuple):
-    """A number, its 95 % bootstrap interval, and how many rows are behind it."""
+    """A number, its 95 % bootstrap interval where it has one, and how many rows are behind it."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num_rows: int
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            # a p-value can be tiny
+            return f"{self.value:.4f}" if abs(self.value) >= 1e-4 or self.value == 0 else f"{self.value:.1e}"
         return f"{self.value:.4f} [{self.low:.3f}, {self.high:.3f}]"
 
 

@@ -154,9 +154,14 @@ def row_top(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def row_correct(probs: torch.Tensor, labels: torch.Tensor, task: str | None = None) -> torch.Tensor:
     """Whether the most probable class of each row that `check_probs` has returned is its label: `(N,)` float64."""
+    check_has_accuracy(probs, task)
+    return (row_top(probs)[1][:, 0] == labels).double()
+
+
+def check_has_accuracy(probs: torch.Tensor, task: str | None) -> None:
+    """Raises a ValueError unless these are rows of class probabilities."""
     if probs.dim() != 2 or task is not None:
         raise ValueError(f"probs: got shape {tuple(probs.shape)}; accuracy needs (..., C) class probabilities")
-    return (row_top(probs)[1][:, 0] == labels).double()
 
 
 def logits_of(probs: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .alignment import kept_tokens
 from .binning import BLOCK_ELEMENTS, bin_numbers, interior_edges
-from .calibration import binned_error
+from .calibration import binned_error, checked_events
 from .checks import check_choice, check_count, check_probs, describe
 
 
@@ -365,8 +365,8 @@ def _top_labels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Confidence, correctness and sequence of every kept token, `(M,)` each."""
     rows, labels, sequence = _kept_tokens(probs, labels, ignore_index)
-    confidence, predicted = rows.max(-1)
-    return confidence, (predicted == labels).long(), sequence
+    confidence, correct = checked_events(rows, labels)
+    return confidence[:, 0], correct[:, 0].long(), sequence
 
 
 def _wide(probs: torch.Tensor) -> torch.dtype:

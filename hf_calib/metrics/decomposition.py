@@ -9,10 +9,8 @@ import torch
 from ..calibrators import make_calibrator, select_calibrator
 from ..calibrators.selection import SCORES, held_out_log_probs
 from ..functional.checks import check_choice, check_probs
-from ..functional.scoring import brier_score, logits_of, negative_log_likelihood
-
-
-FUNCTIONS = {"nll": negative_log_likelihood, "brier": brier_score}
+from ..functional.scoring import logits_of
+from .registry import METRICS
 
 
 class ScoreDecomposition(NamedTuple):
@@ -72,5 +70,6 @@ def score_decomposition(
 
     held_out = held_out_log_probs(fit, logits_of(probs), labels, num_folds=num_folds, seed=seed).exp()
     calibrated = held_out if probs.dim() == 2 else held_out[:, 1].clamp_max(1)
-    total, refinement = FUNCTIONS[score](probs, labels), FUNCTIONS[score](calibrated, labels)
+    function = METRICS[score].function
+    total, refinement = function(probs, labels), function(calibrated, labels)
     return ScoreDecomposition(total, total - refinement, refinement)

@@ -13,7 +13,7 @@ from ..functional.resampling import Estimate
 from .base import Metric
 from .distributed import union_over_processes
 from .intervals import bootstrap
-from .registry import make_metrics
+from .registry import make_metric
 
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class GroupedMetric:
     """
 
     def __init__(self, metric: str | Metric = "ece"):
-        self.metric = metric if isinstance(metric, Metric) else make_metrics([metric])[metric]
+        self.metric = make_metric(metric)
         self.metric.check_number()
         self.groups: dict[str, Metric] = {}
 
@@ -66,17 +66,11 @@ class GroupedMetric:
     def merge(self, *others: GroupedMetric) -> GroupedMetric:
         """Adds what others have seen. Returns the metric itself."""
         for other in others:
-            for metric in other.groups.values():
-                self.metric.check_equal(metric)
             for name, metric in other.groups.items():
-                if name in self.groups:
-                    self.groups[name].check_equal(metric)
+                self.groups.get(name, self.metric).check_equal(metric)
         for other in others:
             for name, metric in other.groups.items():
-                if name in self.groups:
-                    self.groups[name].merge(metric)
-                else:
-                    self.groups[name] = copy.copy(self.metric).reset().merge(metric)
+                self.groups.setdefault(name, copy.copy(self.metric).reset()).merge(metric)
         return self
 
     def reset(self) -> GroupedMetric:
@@ -122,9 +116,7 @@ def bootstrap_groups(
     Raises:
         ValueError: as `bootstrap`; or there are not as many groups as rows.
     """
-    if not isinstance(metric, Metric):
-        shared = {key: options[key] for key in ("task", "ignore_index") if key in options}
-        metric = make_metrics([metric], **shared)[metric]
+    metric = make_metric(metric, **{key: options[key] for key in ("task", "ignore_index") if key in options})
     options = {"task": metric.task, "ignore_index": metric.ignore_index, **options}
     found = {
         name: bootstrap({name: metric}, probs[members], labels[members], **options)[name]

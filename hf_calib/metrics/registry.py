@@ -71,6 +71,13 @@ def make_metrics(
     return {name: METRICS[name](task=task, ignore_index=ignore_index) for name in metrics}
 
 
+def make_metric(metric: str | Metric, *, task: str | None = None, ignore_index: int = -100) -> Metric:
+    """A fresh metric by its name, or the metric itself."""
+    if isinstance(metric, Metric):
+        return metric
+    return make_metrics([metric], task=task, ignore_index=ignore_index)[metric]
+
+
 def _check_metric(name: str, metric: Metric, task: str | None, ignore_index: int) -> None:
     if not isinstance(metric, Metric):
         raise ValueError(f"metrics: {name!r} is {metric!r}; allowed are metrics, such as METRICS['ece'](num_bins=10)")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..functional import scoring as exact
-from .base import MeanMetric
+from .base import MeanMetric, Rows
 
 
 class NegativeLogLikelihood(MeanMetric):
@@ -31,5 +33,8 @@ class Accuracy(MeanMetric):
 
     name = "accuracy"
     function = staticmethod(exact.accuracy)
-    row_values = staticmethod(exact.row_correct)
     higher_is_better = True
+
+    def _values(self, rows: Rows) -> torch.Tensor:
+        exact.check_has_accuracy(rows.probs, rows.task)
+        return rows.top[1][:, 0].double()  # which the calibration errors of the same rows read too

@@ -13,7 +13,7 @@ import torch
 
 from ..functional import sequence as exact
 from .base import Metric, Rows
-from .registry import make_metrics
+from .registry import make_metric
 
 
 class StructuredMetric(Metric):
@@ -30,7 +30,7 @@ class StructuredMetric(Metric):
 
     def __init__(self, metric: str | Metric = "ece", *, ignore_index: int = -100, **options: Any):
         super().__init__(ignore_index=ignore_index)
-        self.metric = metric if isinstance(metric, Metric) else make_metrics([metric])[metric]
+        self.metric = make_metric(metric)
         self.events_options = options
 
     @property
