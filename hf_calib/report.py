@@ -174,7 +174,7 @@ def evaluate_calibration(
     if before is None:
         found, estimates = None, bootstrap(names, probs, labels, **options)
     else:
-        found = compare(names, before, probs, labels, **options)
+        found = compare(names, probs, labels, before=before, **options)
         estimates = {name: comparison.after for name, comparison in found.items()}
     return CalibrationReport(
         next(iter(estimates.values())).num_rows,

@@ -414,7 +414,7 @@ def test_a_comparison_is_a_paired_bootstrap(kind, comparison, rows):
     better = better if kind == "events" or options else better / better.sum(-1, keepdim=True)
     given = {"predictions1": probs, "predictions2": better, "references": labels, **options}
     found = comparison.compute(**given, metrics=["brier"], num_resamples=100, seed=1)
-    expected = compare(["nll", "brier"], probs, better, labels, num_resamples=100, seed=1, **options)
+    expected = compare(["nll", "brier"], better, labels, before=probs, num_resamples=100, seed=1, **options)
     for name, (before, after, change) in expected.items():
         assert found[f"{name}_value1"] == before.value
         assert found[f"{name}_value2"] == after.value

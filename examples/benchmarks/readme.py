@@ -37,7 +37,22 @@ def speed_table() -> str:
     lines.append(["one pass, in milliseconds", *(f"{found['floor_seconds'] * 1e3:.3g}" for found in shapes.values())])
     note = f"{_made_by('speed', record)}: medians of {record['rounds']} interleaved rounds on "
     note += f"{record['machine']['threads']} threads."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
+    return _table(lines) + note
+
+
+def stream_table() -> str:
+    """Every kind of file: its evaluation beside its reading, and the memory."""
+    record = json.loads((HERE / "results" / "stream.json").read_text())
+    lines = [[f"{record['rows'] / 1e6:.0f} million rows", "MB", "Read twice, s", "`evaluate`, s", "Peak memory, MB"]]
+    lines.append([":---", "---:", "---:", "---:", "---:"])
+    for kind, found in record["files"].items():
+        seconds = (f"{found[name]:.3g}" for name in ("reading_twice_seconds", "evaluate_seconds"))
+        lines.append([kind, f"{found['megabytes']:.0f}", *seconds, f"{found['peak_megabytes']:.0f}"])
+    return _table(lines) + f"{_made_by('stream', record)}: the best of {record['rounds']} rounds."
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def _made_by(name: str, record: dict) -> str:
@@ -45,7 +60,7 @@ def _made_by(name: str, record: dict) -> str:
     return f"Made by [{name}.py](examples/benchmarks/{name}.py) with {versions}"
 
 
-TABLES = {"demo": demo_table, "speed": speed_table}
+TABLES = {"demo": demo_table, "speed": speed_table, "stream": stream_table}
 
 
 def render(text: str) -> str:

@@ -3,7 +3,7 @@
 One pass, the floor, is a `logsumexp` and a gather over the logits. Everything is timed in one process, in rounds, so
 that a machine that slows down slows all of it down; the medians' ratios are written to `results/speed.json`.
 
-    python examples/benchmarks/speed.py            # about two minutes on two cores
+    python examples/benchmarks/speed.py            # about three minutes on two cores
     python examples/benchmarks/speed.py --rounds 3
 """
 
@@ -75,12 +75,12 @@ def measure(num_rows: int, num_labels: int, rounds: int) -> dict[str, float]:
     """Median seconds of the floor, and everything else in floors."""
     timed = jobs(num_rows, num_labels)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for round_number in range(rounds + 1):
+    for _ in range(rounds):
         for name, job in timed.items():
+            job()  # memory that another job has given back has to be fetched anew: up to six times the work itself
             started = time.perf_counter()
             job()
-            if round_number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     floor = medians.pop("floor")
     return {"floor_seconds": floor, **{name: value / floor for name, value in medians.items()}}

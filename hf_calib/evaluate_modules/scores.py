@@ -117,7 +117,8 @@ def comparison_scores(
     if DECOMPOSITION in chosen:
         raise ValueError(f"metrics: got {DECOMPOSITION!r}, which has no interval; allowed are {', '.join(METRICS)}")
     resampling = {"num_resamples": num_resamples, "seed": seed, "task": task}
-    found = compare(_metrics({"nll": {}, **chosen}, first), first.probs, second.probs, first.labels, **resampling)
+    objects = _metrics({"nll": {}, **chosen}, first)
+    found = compare(objects, second.probs, first.labels, before=first.probs, **resampling)
     scores: dict[str, Any] = {}
     for name, (before, after, change) in found.items():
         scores |= {f"{name}_value1": before.value, f"{name}_value2": after.value, f"{name}_change": change.value}

@@ -61,6 +61,24 @@ def _search(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(edges.contiguous(), scores.T.contiguous()).T
 
 
+def rank_cells(scores: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """Cells of each column in the order of its scores, of as nearly equal counts as ties allow.
+
+    With no more rows than cells, rows share a cell where their scores are equal, and only there.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, K)`, floating).
+        num_cells (`int`): at least 1.
+    Returns:
+        `torch.Tensor` of shape `(N, K)`, int64 in `[0, num_cells)`.
+    """
+    ordered, order = scores.sort(dim=0)
+    ranks = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).clone()
+    ranks[1:][ordered[1:] == ordered[:-1]] = 0
+    ranks = ranks.cummax(dim=0).values  # of the first among equals
+    return torch.empty_like(ranks).scatter_(0, order, ranks * num_cells // max(num_cells, len(scores)))
+
+
 def bin_sums(scores: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """Sums over the rows of each bin: count, sum of scores, sum of outcomes.
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ..functional.binning import bin_numbers, bin_sums, interior_edges
+from ..functional.binning import bin_sums, interior_edges, rank_cells
 from ..functional.calibration import TARGETS, checked_events
 from ..functional.checks import TASKS, check_choice, check_count, check_probs
 from ..functional.resampling import Estimate, SumStatistic, bootstrap_interval, mean_statistic, resample_groups
@@ -17,6 +17,7 @@ from .distributed import sum_over_processes
 
 
 NUM_CELLS = 7680  # a multiple of 10, 15, 20 and 30, so that the sketch knows these bins exactly
+BLOCK_RESAMPLES = 32  # whose sums a cache holds
 MERGED_CELLS = 4  # cells that a bootstrap of the sketch takes together: 1,920 still know these bins
 
 
@@ -257,10 +258,11 @@ class EventMetric(Metric):
         self.target = target
 
     def statistic(self, rows: Rows) -> SumStatistic:
+        """On cells of equal counts, which are exact up to 7,680 rows and fine where the rows are."""
         scores, outcomes = (column.cpu() for column in rows.events(self.target))
-        edges = interior_edges(scores, self._enough_cells(), "width")
-        num_columns, num_cells = edges.shape[0], edges.shape[1] + 1
-        cells = bin_numbers(scores, edges) + torch.arange(num_columns) * num_cells
+        cells, num_cells = self._cells(scores)
+        num_columns = scores.shape[1]
+        cells = cells + torch.arange(num_columns) * num_cells
         values = torch.cat([torch.ones_like(scores, dtype=torch.float64), scores.double(), outcomes.double()], dim=1)
         size = num_columns * num_cells
         return SumStatistic(
@@ -270,9 +272,10 @@ class EventMetric(Metric):
             lambda sums: self._mean(sums.unflatten(-1, (3, num_columns, num_cells))),
         )
 
-    def _enough_cells(self) -> int:
-        """Cells that the value can be told from, where no other metric is to be told from them."""
-        return self.num_cells
+    def _cells(self, scores: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The cell of each of `(N, K)` scores, and how many there are: enough for this metric alone."""
+        num_cells = min(len(scores), NUM_CELLS)
+        return rank_cells(scores, num_cells), num_cells
 
     def _sums(self, rows: Rows) -> torch.Tensor:
         return rows.bin_sums(self.target, self.num_cells)
@@ -297,6 +300,9 @@ class EventMetric(Metric):
             sums = sums.unflatten(-1, (-1, MERGED_CELLS)).sum(-1)
         counts, confidence, happened = sums[:, 0]
         drawn = resample_groups(torch.cat([happened, counts - happened]), num_resamples, seed=seed)
-        right, wrong = drawn.chunk(2, dim=-1)
-        confidence = (right + wrong) * (confidence / counts.clamp_min(1))
-        return self._finish(torch.stack([right + wrong, confidence, right]))
+        confidence = confidence / counts.clamp_min(1)
+        blocks = []
+        for right, wrong in (block.chunk(2, dim=-1) for block in drawn.split(BLOCK_RESAMPLES)):
+            drawn_counts = right + wrong
+            blocks.append(self._finish(torch.stack([drawn_counts, drawn_counts * confidence, right])))
+        return torch.cat(blocks)

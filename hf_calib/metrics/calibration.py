@@ -50,8 +50,10 @@ class BinnedMetric(EventMetric):
         divides = NUM_CELLS % num_bins == 0 and target == "top" and task is None
         self.num_cells = NUM_CELLS if divides or binning == "mass" else num_bins
 
-    def _enough_cells(self) -> int:
-        return self.num_bins if self.binning == "width" else self.num_cells
+    def _cells(self, scores: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if self.binning == "mass":
+            return super()._cells(scores)
+        return bin_numbers(scores, interior_edges(scores, self.num_bins, "width")), self.num_bins
 
     def _bins(self, sums: torch.Tensor) -> torch.Tensor:
         """`(3, ..., cells)` to `(3, ..., num_bins)`."""

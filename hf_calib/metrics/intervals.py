@@ -40,9 +40,10 @@ def bootstrap(
         num_resamples (`int`), seed (`int`): as in `resample_counts`.
         level (`float`): coverage in (0, 1).
     Returns:
-        `dict` of `str` to [`Estimate`]: `value`, `low`, `high`, `num_rows`. Values are those of the streaming classes,
-        whose cells AURC, AUROC and the like are read off. An interval is about noise alone: a
-        plug-in ECE is biased upward on few rows, and so is its interval; `"debiased_ece"` is what to ask there.
+        `dict` of `str` to [`Estimate`]: `value`, `low`, `high`, `num_rows`. Values are those of the metrics' functions
+        (1e-9); above 7,680 rows, neighbouring confidences count as equal where a metric ranks them or bins them by
+        mass. An interval is about noise alone: a plug-in ECE is biased upward on few rows, and so is its interval;
+        `"debiased_ece"` is what to ask there.
     Raises:
         ValueError: as the metrics' functions; a metric that is no single number.
     Source:
@@ -64,10 +65,10 @@ def bootstrap(
 
 def compare(
     metrics: Sequence[str] | Mapping[str, Metric],
-    before: torch.Tensor,
-    after: torch.Tensor,
+    probs: torch.Tensor,
     labels: torch.Tensor,
     *,
+    before: torch.Tensor,
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -77,17 +78,17 @@ def compare(
     """Two sets of probabilities of the same rows, by a paired bootstrap.
 
     Args:
-        before, after (`torch.Tensor`): probabilities, one shape.
-        metrics, labels, num_resamples, level, seed, task, ignore_index: as in `bootstrap`.
+        before (`torch.Tensor`): other probabilities, in the shape of `probs`.
+        metrics, probs, labels, num_resamples, level, seed, task, ignore_index: as in `bootstrap`.
     Returns:
         `dict` of `str` to [`Comparison`]: a change is real where its interval does not contain 0.
     Raises:
-        ValueError: as `bootstrap`; `before` has another shape than `after`.
+        ValueError: as `bootstrap`; `before` has another shape than `probs`.
     """
     metrics = make_metrics(metrics, task=task, ignore_index=ignore_index)
-    sides = [Rows(after, labels, task=task, ignore_index=ignore_index)]
-    if isinstance(before, torch.Tensor) and before.shape != after.shape:
-        raise ValueError(f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(after.shape)}")
+    sides = [Rows(probs, labels, task=task, ignore_index=ignore_index)]
+    if isinstance(before, torch.Tensor) and before.shape != probs.shape:
+        raise ValueError(f"before: got shape {tuple(before.shape)}; allowed is that of probs, {tuple(probs.shape)}")
     sides.append(Rows(before, labels, task=task, ignore_index=ignore_index, name="before"))
     (later, earlier), (later_draws, earlier_draws) = _resampled(metrics, sides, num_resamples, seed)
     num_rows = len(sides[0])

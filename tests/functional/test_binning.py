@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_calib.functional import binning
-from hf_calib.functional.binning import bin_numbers, bin_sums, interior_edges
+from hf_calib.functional.binning import bin_numbers, bin_sums, interior_edges, rank_cells
 
 from .every import every_dtype
 
@@ -119,3 +119,28 @@ def test_a_look_up_finds_what_a_search_finds(dtype, num_bins):
         found = bin_numbers(scores, among)
         expected = torch.stack([(scores[:, k, None] > among[k]).sum(-1) for k in range(2)], dim=1)
         assert torch.equal(found, expected)
+
+
+def test_cells_of_ranks_part_rows_where_scores_differ():
+    scores = torch.tensor([[0.3, 0.0], [0.1, 1.0], [0.3, 1.0], [0.9, 0.5]])
+    assert rank_cells(scores, 4).T.tolist() == [[1, 0, 1, 3], [0, 2, 2, 1]]
+    assert rank_cells(scores, 7680).T.tolist() == [[1, 0, 1, 3], [0, 2, 2, 1]]
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0]), min_size=1, max_size=60), st.integers(1, 70))
+def test_cells_of_ranks_keep_the_order_and_equal_counts(scores, num_cells):
+    scores = torch.tensor(scores)
+    cells = rank_cells(scores[:, None], num_cells)[:, 0]
+    assert cells.min() >= 0
+    assert cells.max() < num_cells
+    assert (cells[scores.argsort()].diff() >= 0).all()
+    for score in scores.unique():
+        assert len(cells[scores == score].unique()) == 1
+    if len(scores) <= num_cells:
+        assert len(cells.unique()) == len(scores.unique())
+
+
+def test_cells_of_distinct_ranks_hold_equal_counts():
+    scores = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) ** 8
+    for cells in rank_cells(scores, 100).T:
+        assert torch.bincount(cells).tolist() == [10] * 100

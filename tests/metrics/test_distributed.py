@@ -44,6 +44,8 @@ PROCESS = """
     except ValueError as error:
         found["error"] = str(error)
     print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()  # whoever leaves early may abort the other
 """
 
 

@@ -92,10 +92,10 @@ def test_options_and_levels_are_heard():
 def test_a_comparison_is_paired():
     """A constant difference has an interval without width; the same rows have no difference at all."""
     probs, labels = class_rows()
-    same = compare(["nll", "ece", "auroc"], probs, probs, labels, num_resamples=50)
+    same = compare(["nll", "ece", "auroc"], probs, labels, before=probs, num_resamples=50)
     assert all(found.change[:3] == (0, 0, 0) for found in same.values())
     sharper = probs.square() / probs.square().sum(-1, keepdim=True)
-    found = compare(["nll", "brier"], probs, sharper, labels)
+    found = compare(["nll", "brier"], sharper, labels, before=probs)
     for name, (before, after, change) in found.items():
         assert before == bootstrap([name], probs, labels)[name]
         assert after == bootstrap([name], sharper, labels)[name]
@@ -108,9 +108,11 @@ def test_a_comparison_is_paired():
 def test_wrong_arguments_are_refused():
     probs, labels = class_rows(20)
     with pytest.raises(ValueError, match=r"^before: got shape \(10, 4\); allowed is that of probs, \(20, 4\)"):
-        compare(["nll"], probs[:10], probs, labels)
+        compare(["nll"], probs, labels, before=probs[:10])
     with pytest.raises(ValueError, match=r"^before: row 0 sums to"):
-        compare(["nll"], probs.log(), probs, labels)
+        compare(["nll"], probs, labels, before=probs.log())
+    with pytest.raises(ValueError, match=r"^probs: row 0 sums to"):
+        compare(["nll"], probs.log(), labels, before=probs)
     with pytest.raises(ValueError, match=r"^num_resamples: got 0; allowed are integers from 1 up"):
         bootstrap(["nll"], probs, labels, num_resamples=0)
     with pytest.raises(ValueError, match=r"^metrics: got 'entropy'; allowed are accuracy, nll"):
