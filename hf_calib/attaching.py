@@ -126,9 +126,9 @@ def check_can_calibrate(model: nn.Module, calibrator: Calibrator) -> None:
     if any(isinstance(module, _Attached) for module in model.modules()):  # PEFT wraps models that may have one
         raise ValueError("model: a calibrator is attached to it already; detach_calibrator(model) first")
     check_not_folded(model)
-    problem = getattr(model.config, "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise ValueError(f"model: got problem_type={problem!r}; allowed is single-label classification")
+    if calibrator.needs_groups:
+        raise ValueError(f"calibrator: {calibrator.name} needs the groups of rows, which a model is not told of")
+    check_same_task(model, calibrator)
     check_same_labels(model, calibrator)
 
 
@@ -140,6 +140,20 @@ def check_not_folded(model: nn.Module) -> None:
     if folded_calibrator(model) is None:
         remedy = f"load it by load_calibrated or, if its calibrator.json is lost, delete {FOLDED_KEY} from config.json"
     raise ValueError(f"model: a calibrator is folded into its weights already; {remedy}")
+
+
+def check_same_task(model: nn.Module, calibrator: Calibrator) -> None:
+    """Raises a ValueError unless the model's logits mean what the calibrator takes them for."""
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "regression":
+        raise ValueError(f"model: got problem_type={problem!r}; allowed is classification")
+    task = "binary" if model.config.num_labels == 1 else None
+    task = "multilabel" if problem == "multi_label_classification" else task
+    if calibrator.task != task:
+        raise ValueError(
+            f"calibrator: got task={calibrator.task!r} for a model of {model.config.num_labels} labels with "
+            f"problem_type={problem!r}; allowed is task={task!r}"
+        )
 
 
 def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:

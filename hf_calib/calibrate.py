@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import torch
-
-from .calibrators import CALIBRATORS, Calibrator, make_calibrator, select_calibrator
-from .calibrators.selection import held_out_log_probs
+from .calibrators import CALIBRATORS, Calibrator, make_calibrator
+from .calibrators.folds import held_out_log_probs
+from .calibrators.rows import FitRows, check_rows
+from .calibrators.selection import PREFER_SINGLE, select_for_rows
 from .predictions import Predictions
 from .report import CalibrationReport, evaluate_calibration
 
@@ -46,16 +46,19 @@ def calibrate_predictions(
     check_method(method)
     _check_rows(predictions, test)
 
-    def fit(logits: torch.Tensor, labels: torch.Tensor) -> Calibrator:
-        if method == "auto":
-            return select_calibrator(logits, labels, seed=seed)
-        return make_calibrator(method).fit(logits, labels)
+    def fit(rows: FitRows) -> Calibrator:
+        return (
+            select_for_rows(rows, seed=seed, tolerance=PREFER_SINGLE)
+            if method == "auto"
+            else make_calibrator(method).fit_rows(rows)
+        )
 
-    calibrator = fit(predictions.logits, predictions.labels)
+    fitting_rows = check_rows(predictions.logits, predictions.labels)
+    calibrator = fit(fitting_rows)
     calibrator.label_names = predictions.label_names
     calibrator.provenance["fingerprint"] = predictions.fingerprint()
     if test is None:
-        log_probs = held_out_log_probs(fit, predictions.logits, predictions.labels, seed=seed)
+        log_probs = held_out_log_probs(fit, fitting_rows, seed=seed)
         rows, how = predictions, "those of the fit, each calibrated by a fit on the others (cross-fitting)"
     else:
         log_probs = calibrator.log_probs(test.logits)

@@ -233,12 +233,35 @@ def test_a_model_is_calibrated_once(apply, classifier, temperature, tokens):
     assert torch.equal(logits_of(classifier, tokens), before)
 
 
-@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("multi_label_classification", "calibrator: got task=None for a model of 3 labels .* allowed is task='multil"),
+        ("regression", "model: got problem_type='regression'; allowed is classification"),
+    ],
+)
 @pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
-def test_other_problems_are_refused(apply, problem, classifier, temperature):
+def test_other_problems_are_refused(apply, problem, message, classifier, temperature):
     classifier.config.problem_type = problem
-    with pytest.raises(ValueError, match=f"model: got problem_type='{problem}'; allowed is single-label"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         apply(classifier, temperature)
+
+
+def test_a_calibrator_of_labels_goes_on_a_model_of_labels(classifier, tokens):
+    labels = torch.randint(2, (60, 3), generator=torch.Generator().manual_seed(0))
+    calibrator = TemperatureScaling(task="multilabel").fit(torch.randn(60, 3) + labels, labels)
+    with pytest.raises(ValueError, match=r"^calibrator: got task='multilabel' for a model of 3 labels with problem_t"):
+        attach_calibrator(classifier, calibrator)
+    before = logits_of(classifier, tokens)
+    classifier.config.problem_type = "multi_label_classification"
+    attach_calibrator(classifier, calibrator)
+    assert torch.equal(logits_of(classifier, tokens), calibrator(before))
+
+
+def test_a_calibrator_of_groups_is_not_attached(classifier, temperature):
+    temperature.needs_groups = True
+    with pytest.raises(ValueError, match=r"^calibrator: temperature needs the groups of rows, which a model is not"):
+        attach_calibrator(classifier, temperature)
 
 
 # -- PEFT

@@ -1,21 +1,45 @@
 """Calibrators: objects over tensors that turn logits into logits whose softmax can be trusted."""
 
 from .base import Calibrator, IdentityCalibration
+from .binary import BetaCalibration, PlattScaling, QuadraticScaling
+from .compose import Chain, OneVsRest, PerLabel
+from .ensemble import Ensemble
 from .monotone import IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
 from .scaling import TemperatureScaling
 from .selection import SelectionRow, select_calibrator
 from .storage import AutoCalibrator
+from .structured import (
+    BiasCorrectedTemperature,
+    DirichletCalibration,
+    MatrixScaling,
+    StructuredMatrixScaling,
+    StructuredVectorScaling,
+    VectorScaling,
+)
 
 
 __all__ = [
     "CALIBRATORS",
     "AutoCalibrator",
+    "BetaCalibration",
+    "BiasCorrectedTemperature",
     "Calibrator",
+    "Chain",
+    "DirichletCalibration",
+    "Ensemble",
     "IdentityCalibration",
     "IsotonicCalibration",
+    "MatrixScaling",
+    "OneVsRest",
+    "PerLabel",
+    "PlattScaling",
+    "QuadraticScaling",
     "SelectionRow",
+    "StructuredMatrixScaling",
+    "StructuredVectorScaling",
     "TemperatureScaling",
+    "VectorScaling",
     "make_calibrator",
     "select_calibrator",
 ]

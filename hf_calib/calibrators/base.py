@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..functional.checks import check_labels, describe
+from ..functional.checks import check_choice
+from .rows import FitRows, check_rows, hard_rows, two_class_logits
+
+
+TASKS = (None, "binary", "multilabel")
 
 
 class Calibrator(nn.Module):
@@ -18,22 +23,33 @@ class Calibrator(nn.Module):
     tensors are non-persistent buffers, so they move with the model they are attached to, never enter its weights
     file, and keep their precision when the model is cast to another.
 
+    Args:
+        task (`None`, `"binary"` or `"multilabel"`): classes of which one is right; one logit, whose sigmoid is the
+            probability of an event; or a logit for each of several labels, which are calibrated one by one.
     Attributes:
-        num_labels (`int` or `None`): number of classes it was fitted on.
+        num_labels (`int` or `None`): number of classes or labels it was fitted on, 1 where it is binary.
         label_names (`list[str]` or `None`): their names, in order.
         provenance (`dict`): what it was fitted on; JSON values only, kept in `calibrator.json`.
+        members (`torch.nn.ModuleList`): the calibrators that it is made of: those of each label, or those it composes.
     """
 
     name: ClassVar[str]  # the key in CALIBRATORS and the `type` in calibrator.json
     tensor_names: ClassVar[tuple[str, ...]] = ()
     tensor_dtype: ClassVar[torch.dtype] = torch.float32
+    setting_names: ClassVar[tuple[str, ...]] = ()  # arguments of the constructor, JSON values
     preserves_accuracy: ClassVar[bool]  # the most probable class never changes
     contains_identity: ClassVar[bool]  # fitting cannot make the fitting set's NLL worse
+    two_classes_only: ClassVar[bool] = False
+    is_composed: ClassVar[bool] = False  # of calibrators that the constructor takes first
+    needs_groups: bool = False  # at the fit and at every use
 
-    def __init__(self):
+    def __init__(self, *, task: str | None = None):
         super().__init__()
+        check_choice("task", task, TASKS)
+        self.task = task
         for name in self.tensor_names:
             self.register_buffer(name, None, persistent=False)
+        self.members = nn.ModuleList()
         self.num_labels: int | None = None
         self.label_names: list[str] | None = None
         self.provenance: dict[str, Any] = {}
@@ -44,62 +60,117 @@ class Calibrator(nn.Module):
         labels: torch.Tensor,
         *,
         sample_weight: torch.Tensor | None = None,
+        groups: torch.Tensor | None = None,
         ignore_index: int = -100,
     ) -> Calibrator:
         """Fits on rows that the model was not trained on.
 
         Args:
             logits (`torch.Tensor` of shape `(..., C)`, floating): raw logits or log-probabilities. `-inf` marks
-                classes that cannot occur.
-            labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`).
+                classes that cannot occur. With `task="binary"` `(...)` or `(..., 1)`, with `task="multilabel"`
+                `(..., L)`.
+            labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`; or `(..., C)`, floating): classes, or a
+                distribution over them in each row, as several annotators give it. With a `task`: 0 and 1, or the
+                floating probability of 1, in the logits' shape.
             sample_weight (`torch.Tensor` of shape `(...)`, floating, not negative, *optional*): how much each row
-                counts.
-            ignore_index (`int`): rows with this label are left out.
+                counts; only their ratios matter.
+            groups (`torch.Tensor` of shape `(...)`, integer from 0 up, *optional*): for calibrators of groups.
+            ignore_index (`int`): rows with this label (in every class, where labels are soft) are left out.
         Returns:
             the calibrator itself.
         Raises:
             ValueError: naming the argument, the value and what is allowed; the fitted state is then unchanged.
         """
         with torch.no_grad():
-            logits, labels, weights = check_fit(logits, labels, sample_weight, ignore_index)
-            tensors = self._fit(logits, labels, weights)
-        self.set_tensors(tensors, num_labels=logits.shape[-1])
-        self.provenance = {"rows": len(labels)}
+            self._check_groups(groups)
+            if self.task == "multilabel":
+                members = self._fit_labels(logits, labels, sample_weight, groups, ignore_index)
+                self.set_tensors({}, num_labels=len(members), members=members)
+                self.provenance = {"rows": max(member.provenance["rows"] for member in members)}
+                return self
+            rows = check_rows(logits, labels, sample_weight, groups, ignore_index=ignore_index, task=self.task)
+            return self.fit_rows(rows)
+
+    def fit_rows(self, rows: FitRows) -> Calibrator:
+        """`fit` on rows that `check_rows` has returned."""
+        num_classes = rows.logits.shape[-1]
+        if self.two_classes_only and num_classes != 2:
+            raise ValueError(
+                f"logits: got {num_classes} classes; allowed for {self.name} are 2. "
+                f"OneVsRest({type(self).__name__}()) takes more"
+            )
+        tensors, members = self._fit_rows(rows)
+        self.set_tensors(tensors, num_labels=1 if self.task else num_classes, members=members)
+        self.provenance = {"rows": rows.num_rows}
         return self
 
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        """Calibrated logits: `(..., C)` floating gives `(..., C)` of the same dtype. A row constant is free."""
+    def forward(self, logits: torch.Tensor, *, groups: torch.Tensor | None = None) -> torch.Tensor:
+        """Calibrated logits: `(..., C)` floating gives `(..., C)` of the same dtype. A row constant is free.
+
+        Binary logits are of any shape. Calibrators of groups also need `groups`, `(...)` integers from 0 up.
+        """
         if self.num_labels is None:
             raise ValueError(f"{type(self).__name__}: not fitted; call fit(logits, labels) or load one first")
         if not logits.is_floating_point():
             raise ValueError(f"logits: got {logits.dtype}; allowed are floating tensors")
-        if logits.shape[-1] != self.num_labels:
+        if self.task != "binary" and (logits.dim() == 0 or logits.shape[-1] != self.num_labels):
             raise ValueError(
-                f"logits: got {logits.shape[-1]} classes; this calibrator was fitted on {self.num_labels}"
+                f"logits: got {logits.shape[-1] if logits.dim() else 'no'} classes; this calibrator was fitted on "
+                f"{self.num_labels}"
             )
-        return self._calibrate(logits)
+        self._check_groups(groups)
+        options = {} if groups is None else {"groups": groups}
+        if self.task == "multilabel":
+            columns = zip(self.members, logits.unbind(-1), strict=True)
+            return torch.stack([member(column, **options) for member, column in columns], dim=-1)
+        if self.task == "binary":
+            absent, present = self._calibrate(two_class_logits(logits), **options).unbind(-1)
+            return present - absent
+        return self._calibrate(logits, **options)
 
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Normalised calibrated log-probabilities: `(..., C)`, float32, or float64 when the logits are."""
-        return self(logits.to(torch.promote_types(logits.dtype, torch.float32))).log_softmax(-1)
+    def log_probs(self, logits: torch.Tensor, *, groups: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised calibrated log-probabilities: `(..., C)`, float32, or float64 when the logits are.
 
-    def set_tensors(self, tensors: dict[str, torch.Tensor], *, num_labels: int) -> None:
-        """Takes over fitted state."""
+        With a `task` they are those of each event, in the logits' shape.
+        """
+        calibrated = self(logits.to(torch.promote_types(logits.dtype, torch.float32)), groups=groups)
+        return calibrated.log_softmax(-1) if self.task is None else nn.functional.logsigmoid(calibrated)
+
+    def set_tensors(
+        self, tensors: dict[str, torch.Tensor], *, num_labels: int, members: Sequence[Calibrator] = ()
+    ) -> None:
+        """Takes over fitted state: own tensors by name, and the fitted members."""
         for name in self.tensor_names:
-            setattr(self, name, tensors[name])
+            setattr(self, name, tensors.get(name))
+        self.members = nn.ModuleList(members)
         self.num_labels = num_labels
 
     def check_tensors(self, tensors: dict[str, torch.Tensor], num_labels: int, source: str) -> None:
-        """Raises a ValueError naming `source` unless the tensors are what `_fit` could have returned."""
+        """Raises a ValueError naming `source` unless the own tensors are what `_fit` could have returned."""
+        num_labels = 2 if self.task == "binary" else num_labels
         for name, tensor in tensors.items():
             if tensor.dtype != self.tensor_dtype or not bool(tensor.isfinite().all()):
                 raise ValueError(f"{source}: {name} is not a finite {self.tensor_dtype} tensor")
-        if (problem := self._problem(tensors, num_labels)) is not None:
+        if self.task != "multilabel" and (problem := self._problem(tensors, num_labels)) is not None:
             raise ValueError(f"{source}: {problem}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fitted state by name."""
-        return {name: getattr(self, name) for name in self.tensor_names}
+        """The fitted state by name; that of the second member as `members.1.temperature`."""
+        own = {name: getattr(self, name) for name in self.own_tensor_names()}
+        return own | {
+            f"members.{index}.{name}": tensor
+            for index, member in enumerate(self.members)
+            for name, tensor in member.tensors().items()
+        }
+
+    def own_tensor_names(self) -> tuple[str, ...]:
+        """Names of the tensors beside those of the members: with several labels there are none."""
+        return () if self.task == "multilabel" else self.tensor_names
+
+    def settings(self) -> dict[str, Any]:
+        """What the constructor was given, as JSON values; what is None is left out."""
+        names = ("task", *self.setting_names)
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes `calibrator.json` and `calibrator.safetensors` into the folder `path`, made if it is missing."""
@@ -113,8 +184,40 @@ class Calibrator(nn.Module):
 
         return push_calibrator(self, repo_id, private=private, token=token)
 
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self.members) else f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         return "not fitted" if self.num_labels is None else f"num_labels={self.num_labels}"
+
+    def _fit_rows(self, rows: FitRows) -> tuple[dict[str, torch.Tensor], list[Calibrator]]:
+        """Own tensors and fitted members from checked rows."""
+        rows = hard_rows(rows)
+        groups = (rows.groups,) if self.needs_groups else ()
+        return self._fit(rows.logits, rows.labels, rows.weights, *groups), []
+
+    def _fit_labels(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        sample_weight: torch.Tensor | None,
+        groups: torch.Tensor | None,
+        ignore_index: int,
+    ) -> list[Calibrator]:
+        """A binary calibrator of each label."""
+        check_label_shapes(logits, labels)
+        options = {"sample_weight": sample_weight, "groups": groups, "ignore_index": ignore_index}
+        columns = zip(self._unfitted(logits.shape[-1]), logits.unbind(-1), labels.unbind(-1), strict=True)
+        return [member.fit(*column, **options) for member, *column in columns]
+
+    def _unfitted(self, num_labels: int) -> list[Calibrator]:
+        """The same calibrator, not fitted, for each of several labels alone."""
+        return [type(self)(**(self.settings() | {"task": "binary"})) for _ in range(num_labels)]
+
+    def _check_groups(self, groups: torch.Tensor | None) -> None:
+        if (groups is not None) != self.needs_groups:
+            got, allowed = ("none", "a tensor") if groups is None else ("a tensor", "none")
+            raise ValueError(f"groups: got {got}; allowed for {self.name} is {allowed}")
 
     def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -136,6 +239,16 @@ class Calibrator(nn.Module):
         return self
 
 
+def check_label_shapes(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises a ValueError unless there is one label for each of several logits."""
+    shapes = [tuple(getattr(tensor, "shape", ())) for tensor in (logits, labels)]
+    if shapes[0] != shapes[1] or not shapes[0] or 0 in shapes[0]:
+        raise ValueError(
+            f'logits: got shape {shapes[0]} for labels of shape {shapes[1]}; with task="multilabel" allowed are one '
+            "logit for each label"
+        )
+
+
 class IdentityCalibration(Calibrator):
     """Changes nothing. *When to use:* as the candidate that every other one has to beat.
 
@@ -154,66 +267,3 @@ class IdentityCalibration(Calibrator):
 
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
-
-
-def check_fit(
-    logits: torch.Tensor, labels: torch.Tensor, sample_weight: torch.Tensor | None, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Validates what a calibrator is fitted on, flattens it and leaves out ignored rows.
-
-    Returns:
-        logits `(N, C)` in their own dtype, labels `(N,)` int64, weights `(N,)` float64 with mean 1.
-    Raises:
-        ValueError: naming the argument, the value and what is allowed.
-    """
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        raise ValueError(f"logits: got {describe(logits)}; allowed are floating torch tensors")
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        raise ValueError(f"labels: got {describe(labels)}; allowed are integer torch tensors")
-    if logits.dim() < 2 or logits.shape[-1] < 2 or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits: got shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}; "
-            "allowed are (..., C) logits of at least two classes for (...) labels"
-        )
-    weights = _check_weights(sample_weight, labels)
-    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
-    kept = (labels != ignore_index) & (weights > 0)
-    if not kept.all():
-        logits, labels, weights = logits[kept], labels[kept], weights[kept]
-    if len(labels) == 0:
-        raise ValueError(f"labels: no row is left after leaving out ignore_index={ignore_index} and weights of 0")
-    check_labels(labels, logits.shape[-1])
-    _check_finite(logits, labels, kept)
-    weights = weights / weights.max()  # first, so that the mean of huge weights is finite
-    return logits, labels, weights / weights.mean()
-
-
-def _check_weights(sample_weight: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    if sample_weight is None:
-        return torch.ones(labels.numel(), dtype=torch.float64, device=labels.device)
-    if not isinstance(sample_weight, torch.Tensor):
-        raise ValueError(f"sample_weight: got {type(sample_weight).__name__}; allowed are tensors")
-    if sample_weight.shape != labels.shape:
-        raise ValueError(f"sample_weight: got shape {tuple(sample_weight.shape)}; allowed is {tuple(labels.shape)}")
-    weights = sample_weight.reshape(-1).double()
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError("sample_weight: got a negative or non-finite value; allowed are finite values from 0 up")
-    return weights
-
-
-def _check_finite(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor) -> None:
-    highest = logits.amax(-1)  # NaN where the row holds one, +inf likewise, -inf where nothing is possible
-    wrong = highest.isfinite().logical_not()
-    if wrong.any():
-        first = wrong.nonzero()[0]
-        raise ValueError(
-            f"logits: the largest of row {int(kept.nonzero()[first])} is {float(highest[first])}; allowed are finite "
-            "values, and -inf for classes that cannot occur"
-        )
-    chosen = logits.gather(-1, labels[:, None])[:, 0]
-    if not chosen.isfinite().all():
-        first = chosen.isfinite().logical_not().nonzero()[0]
-        raise ValueError(
-            f"labels: row {int(kept.nonzero()[first])} has class {int(labels[first])}, whose logit is -inf: "
-            "it cannot occur"
-        )

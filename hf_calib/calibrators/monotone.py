@@ -61,7 +61,7 @@ class IsotonicCalibration(Calibrator):
         return None
 
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
-        columns = logits.double().softmax(-1).reshape(-1, self.num_labels).T.contiguous()
+        columns = logits.double().softmax(-1).reshape(-1, logits.shape[-1]).T.contiguous()
         mapped = interpolate(columns, self.thresholds, self.values).T.reshape(logits.shape)
         impossible = logits == -torch.inf
         mapped = mapped.clamp_min(PROBABILITY_FLOOR).masked_fill(impossible, 0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Iterable
 
 import torch
 
 from .base import Calibrator
+from .rows import warn_caller
+from .streaming import Start, stream_temperature
 
 
 BLOCK_ELEMENTS = 2**19  # logits worked on at a time: small enough for a cache, large enough for a call to pay
@@ -19,6 +21,8 @@ LOG_RANGE = 9.0
 LOWEST, HIGHEST = -87.0, 88.0  # log T of normal float32 numbers
 # A third-order step of this length in log T leaves an error of its cube, far below 1e-7 nats.
 LAST_STEP = 0.04
+SEPARABLE = "every label is the most probable class; took the best one had the least sure row been wrong (at most 1)"
+FLAT = "the logits do not predict the labels; took {:.3g}, which makes all classes equally probable"
 
 
 class TemperatureScaling(Calibrator):
@@ -48,6 +52,41 @@ class TemperatureScaling(Calibrator):
     def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         temperature = fit_temperature(logits, labels, weights)
         return {"temperature": torch.tensor(temperature, dtype=torch.float32, device=logits.device)}
+
+    def fit_batches(
+        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, ignore_index: int = -100
+    ) -> TemperatureScaling:
+        r"""Fits on a stream that is read once, in memory that does not depend on the number of rows.
+
+        The NLL and its first two derivatives in $\log T$, summed at seven temperatures around the optimum of the first
+        rows (10,000 rows or two million logits, at least one batch), give the optimum of all rows: to 1e-3, mostly
+        1e-6, of $T$ if it lies within 1.8 times and 1 / 1.8 times that of the first rows.
+
+        Where `torch.distributed` is initialised, every process calls this with its own rows, if any, and gets the
+        temperature of all.
+
+        Args:
+            batches (iterable of `(logits, labels)`): `(..., C)` floating and `(...)` integer in `[0, C)`, as in `fit`.
+            ignore_index (`int`): rows with this label are left out.
+        Returns:
+            the calibrator itself.
+        Raises:
+            ValueError: naming the argument, the value, what is allowed and the batch, counted from 0; or the optimum
+                is out of that range, as in a stream that is sorted. The fitted state is then unchanged.
+        """
+        if self.task == "multilabel":
+            raise ValueError('task: got "multilabel"; allowed are None and "binary". Use fit')
+        with torch.no_grad():
+            found = stream_temperature(batches, _start, ignore_index=ignore_index, task=self.task)
+        temperature = found.temperature
+        if found.is_separable:
+            _warn(SEPARABLE)
+            temperature = min(temperature, 1.0)
+        elif found.is_flat:
+            _warn(FLAT.format(temperature))
+        self.set_tensors({"temperature": torch.tensor(temperature)}, num_labels=1 if self.task else found.num_labels)
+        self.provenance = {"rows": found.num_rows}
+        return self
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
         temperature = tensors["temperature"]
@@ -81,36 +120,45 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.T
         UserWarning: no finite temperature is best, because no row is wrong, or because the logits do not predict
         labels.
     """
+    log_t, is_flat, is_separable = _search(logits, labels, weights)
+    if log_t is None:
+        return 1.0  # every row is constant: all temperatures are the same
+    temperature = math.exp(log_t)
+    if is_separable:
+        _warn(SEPARABLE)
+        return min(temperature, 1.0)
+    if is_flat:
+        _warn(FLAT.format(temperature))
+    return temperature
+
+
+def _start(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> Start:
+    """The optimum of a stream's first rows."""
+    return Start(*_search(logits, labels, weights)[:2])
+
+
+def _search(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[float | None, bool, bool]:
+    """The best log T, None of constant rows; whether none is best, with all classes equal; whether none is wrong."""
     is_large = len(logits) > 2 * START_ROWS
     some = slice(None)
     if is_large:  # drawn, for a stride may match the length of sequences
         some = torch.randint(len(logits), (START_ROWS,), generator=torch.Generator().manual_seed(0)).to(logits.device)
     spread = _spread(logits[some]) or _spread(logits)
     if spread == 0:
-        return 1.0  # every row is constant: all temperatures are the same
+        return None, False, False
     ceiling = min(math.log(spread) + LOG_RANGE, HIGHEST)
     if separable := _is_separable(logits, labels):
-        _warn(
-            "every label is the most probable class; took the best one had the least sure row been wrong (at most 1)"
-        )
         labels = _flip_least_sure(logits, labels)
     margin = _margin(logits[some], labels[some]) or _margin(logits, labels)
     log_t = min(max(math.log(margin), LOWEST), ceiling)
     if is_large and not _is_separable(logits[some], labels[some]):
         log_t = _minimise(logits[some], labels[some], weights[some], log_t, ceiling)
     log_t = _minimise(logits, labels, weights, log_t, ceiling)
-    temperature = math.exp(log_t)
-    if separable:
-        return min(temperature, 1.0)
-    if log_t == ceiling:
-        _warn(
-            f"the logits do not predict the labels; took {temperature:.3g}, which makes all classes equally probable"
-        )
-    return temperature
+    return log_t, log_t == ceiling, separable
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"temperature: no finite value is best, because {reason}. Fit on more rows.", stacklevel=5)
+    warn_caller(f"temperature: no finite value is best, because {reason}. Fit on more rows.")
 
 
 def _is_separable(logits: torch.Tensor, labels: torch.Tensor) -> bool:
@@ -129,9 +177,13 @@ def _flip_least_sure(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 def _spread(logits: torch.Tensor) -> float:
     """Mean distance of finite logits from their row's largest, in the logits' unit."""
-    below = logits.amax(-1, keepdim=True).double() - logits.double()
-    finite = below.isfinite()
-    return float(below.where(finite, 0).sum() / finite.sum())
+    total, number = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    for z in logits.split(max(1, BLOCK_ELEMENTS // logits.shape[-1])):
+        below = z.amax(-1, keepdim=True).double() - z.double()
+        finite = below.isfinite()
+        total += below.where(finite, 0).sum()
+        number += finite.sum()
+    return float(total / number)
 
 
 def _margin(logits: torch.Tensor, labels: torch.Tensor) -> float:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..functional.checks import check_choice
-from ..functional.scoring import brier_score, negative_log_likelihood
-from .base import Calibrator, check_fit
+from .base import Calibrator, check_label_shapes
+from .compose import PerLabel
+from .ensemble import Ensemble, hold_out
 from .registry import CALIBRATORS, make_calibrator
+from .rows import FitRows, check_rows
 
 
 SCORES = ("nll", "brier")
+# A temperature goes into a model's weights and needs no library to be used: worth a loss that is not significant
+PREFER_SINGLE = 2.0  # the tolerance of whoever puts a calibrator on a model
+SMALLEST_SHARE = 0.01  # of a member of an ensemble
+# Chosen on the sets of `make bench`. Isotonic maps, poor alone, add in a mean what no scaling can say
+DEFAULT_CANDIDATES = ("temperature", "structured_vector", "structured_matrix", "isotonic")
+DEFAULT_CANDIDATES_OF_TWO = ("temperature", "platt", "quadratic", "structured_vector", "isotonic")
+ROWS_PER_PAIR = 0.25  # of classes, from which a matrix is tried
 
 
 class SelectionRow(NamedTuple):
@@ -31,90 +40,109 @@ def select_calibrator(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
+    sample_weight: torch.Tensor | None = None,
     candidates: Sequence[str] | None = None,
     score: str = "nll",
+    tolerance: float = 0.0,
     num_folds: int = 5,
     seed: int = 0,
+    task: str | None = None,
     ignore_index: int = -100,
 ) -> Calibrator:
-    """Fits every candidate on all folds but one, scores it on that one, and fits the best of them on all rows.
+    """The best that the candidates make of these rows: one of them, or a weighted mean of several.
+
+    Every candidate is fitted on all folds but one and scored on that one. A mean of those that may be best is a
+    candidate too, and mostly wins: which of two close methods is better can rarely be told from the rows of a fit.
 
     Args:
-        logits (`torch.Tensor` of shape `(..., C)`, floating): raw logits of rows that the model was not trained on.
-        labels (`torch.Tensor` of shape `(...)`, integer in `[0, C)`).
-        candidates (sequence of `str`, *optional*): names in `CALIBRATORS`, all of them by default. Identity always
-            takes part: a calibrator that does not beat doing nothing is not chosen.
+        logits, labels, sample_weight, task, ignore_index: as in `Calibrator.fit`; labels may be soft.
+        candidates (sequence of `str`, *optional*): names in `CALIBRATORS`; by default those that suit so many rows and
+            classes. Identity always takes part: what does not beat doing nothing is not chosen.
         score (`"nll"` or `"brier"`): a proper score, lower is better. Calibration errors are no choice: they are
             lowest for a calibrator that says the base rate every time.
+        tolerance (`float`): the first single candidate in the order of `CALIBRATORS`, which is from simple to complex,
+            is taken where it is worse than the mean by at most so many standard errors of the difference. With 2 a
+            mean must be significantly better; 0 asks for the lowest score.
         num_folds (`int`): parts that the rows are dealt into, each class evenly.
         seed (`int`): of the dealing.
-        ignore_index (`int`): rows with this label are left out.
     Returns:
-        the calibrator of the lowest mean score (of equals, the first in `CALIBRATORS`, the simplest), fitted on all
-        rows. Its `selection` lists every candidate as a [`SelectionRow`].
+        the chosen [`Calibrator`], fitted on all rows: one of the candidates or an [`Ensemble`] of some. Its
+        `selection` lists every candidate, and the ensemble where there is one, as a [`SelectionRow`]. With
+        `task="multilabel"` a [`PerLabel`], whose members have been chosen so.
     Raises:
         ValueError: as `Calibrator.fit`; an unknown candidate or score; fewer rows than folds.
     """
     check_choice("score", score, SCORES)
-    names = _candidate_names(candidates)
-    logits, labels, _ = check_fit(logits, labels, None, ignore_index)
-    table, fitted = [], {}
-    for name in names:
-        log_probs = held_out_log_probs(
-            lambda z, y, name=name: make_calibrator(name).fit(z, y), logits, labels, num_folds=num_folds, seed=seed
-        )
-        if score == "nll":
-            scores = negative_log_likelihood(log_probs=log_probs, labels=labels, reduction="none")
-        else:
-            scores = brier_score(log_probs.exp(), labels, reduction="none")
+    options = {"candidates": candidates, "score": score, "tolerance": tolerance, "num_folds": num_folds, "seed": seed}
+    if task == "multilabel":
+        check_label_shapes(logits, labels)
+        options |= {"sample_weight": sample_weight, "ignore_index": ignore_index, "task": "binary"}
+        columns = zip(logits.unbind(-1), labels.unbind(-1), strict=True)
+        return PerLabel([select_calibrator(*column, **options) for column in columns])
+    rows = check_rows(logits, labels, sample_weight, ignore_index=ignore_index, task=task)
+    with torch.no_grad():
+        return select_for_rows(rows, task=task, **options)
+
+
+def select_for_rows(
+    rows: FitRows,
+    *,
+    candidates: Sequence[str] | None = None,
+    score: str = "nll",
+    tolerance: float = 0.0,
+    num_folds: int = 5,
+    seed: int = 0,
+    task: str | None = None,
+) -> Calibrator:
+    """`select_calibrator` on rows that `check_rows` has returned."""
+    names = _candidate_names(candidates, rows)
+    held_out = hold_out([make_calibrator(name) for name in names], rows, score=score, num_folds=num_folds, seed=seed)
+    mixture = held_out.best_mixture(rows.weights)
+    mixture = mixture.where(mixture >= SMALLEST_SHARE, 0)
+    mixture /= mixture.sum()
+    together = held_out.scores(mixture)
+    fitted, table, winner = {}, [], None
+    for index, name in enumerate(names):
         started = time.perf_counter()
-        fitted[name] = make_calibrator(name).fit(logits, labels)
-        seconds = time.perf_counter() - started
-        table.append(SelectionRow(name, float(scores.mean()), float(scores.std() / math.sqrt(len(scores))), seconds))
-    winner = fitted[min(table, key=lambda row: row.score).name]
+        fitted[name] = make_calibrator(name, task=task).fit_rows(rows)
+        alone = held_out.scores(torch.eye(len(names), dtype=torch.float64, device=mixture.device)[index])
+        table.append(_row(name, alone, rows.weights, time.perf_counter() - started))
+        excess = _row(name, alone - together, rows.weights, 0.0)
+        if winner is None and excess.score <= tolerance * excess.standard_error:
+            winner = fitted[name]
+    if (mixture > 0).sum() > 1:
+        table.append(_row(Ensemble.name, together, rows.weights, sum(row.seconds for row in table)))
+        winner = winner or _ensemble(fitted, mixture, task, rows)
     winner.selection = table
     winner.provenance["selection"] = [{**row._asdict(), "seconds": round(row.seconds, 4)} for row in table]
     return winner
 
 
-def held_out_log_probs(
-    fit: Callable[[torch.Tensor, torch.Tensor], Calibrator],
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    num_folds: int = 5,
-    seed: int = 0,
-) -> torch.Tensor:
-    """Calibrated log-probabilities of each row by a calibrator that was fitted on the other folds.
-
-    Args:
-        fit (callable): logits and labels -> fitted calibrator.
-        logits (`torch.Tensor` of shape `(N, C)`, floating).
-        labels (`torch.Tensor` of shape `(N,)`, int64).
-    Returns:
-        `torch.Tensor` of shape `(N, C)`, float32, or float64 when the logits are.
-    """
-    folds = _deal(labels, num_folds, seed)
-    log_probs = torch.empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    for fold in range(num_folds):
-        held_out = folds == fold
-        log_probs[held_out] = fit(logits[~held_out], labels[~held_out]).log_probs(logits[held_out])
-    return log_probs
+def _ensemble(fitted: dict[str, Calibrator], mixture: torch.Tensor, task: str | None, rows: FitRows) -> Ensemble:
+    """The mean of fitted calibrators whose share is not 0."""
+    members = [calibrator for calibrator, share in zip(fitted.values(), mixture, strict=True) if share > 0]
+    ensemble = Ensemble([make_calibrator(member.name) for member in members], task=task)
+    for member in members:
+        member.task, member.num_labels = None, rows.logits.shape[-1]  # a task is the whole's
+    num_labels = 1 if task else rows.logits.shape[-1]
+    ensemble.set_tensors({"mixture": mixture[mixture > 0]}, num_labels=num_labels, members=members)
+    ensemble.provenance = {"rows": rows.num_rows}
+    return ensemble
 
 
-def _candidate_names(candidates: Sequence[str] | None) -> list[str]:
-    chosen = set(CALIBRATORS if candidates is None else candidates) | {"identity"}
+def _row(name: str, scores: torch.Tensor, weights: torch.Tensor, seconds: float) -> SelectionRow:
+    mean = float(scores @ weights / len(scores))
+    deviation = math.sqrt(float((scores - mean).square() @ weights) / max(1, len(scores) - 1))
+    return SelectionRow(name, mean, deviation / math.sqrt(len(scores)), seconds)
+
+
+def _candidate_names(candidates: Sequence[str] | None, rows: FitRows) -> list[str]:
+    num_rows, num_classes = rows.logits.shape
+    if candidates is None:
+        candidates = DEFAULT_CANDIDATES if num_classes > 2 else DEFAULT_CANDIDATES_OF_TWO
+        if num_rows < ROWS_PER_PAIR * num_classes**2:
+            candidates = [name for name in candidates if name != "structured_matrix"]
+    chosen = {*candidates, "identity"}
     for name in chosen - set(CALIBRATORS):
         raise ValueError(f"candidates: got {name!r}; allowed are {', '.join(CALIBRATORS)}")
     return [name for name in CALIBRATORS if name in chosen]
-
-
-def _deal(labels: torch.Tensor, num_folds: int, seed: int) -> torch.Tensor:
-    """The fold of each row: shuffled, then dealt out class by class, so that each fold gets its share of each."""
-    if not 2 <= num_folds <= len(labels):
-        raise ValueError(f"num_folds: got {num_folds} for {len(labels)} rows; allowed are 2 to the number of rows")
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    folds = torch.empty_like(labels)
-    folds[by_class] = torch.arange(len(labels), device=labels.device) % num_folds
-    return folds

@@ -8,18 +8,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..version import __version__
 from .base import Calibrator
-from .registry import CALIBRATORS
+from .registry import CALIBRATORS, COMPOSED
 
 
 JSON_NAME = "calibrator.json"
 TENSORS_NAME = "calibrator.safetensors"
 # `applied` and `weights` are written by whoever saves a model beside the calibrator.
-KNOWN_KEYS = {"library", "library_version", "type", "num_labels", "label_names", "fit", "applied", "weights"}
+KNOWN_KEYS = {
+    *("library", "library_version", "type", "settings", "members", "num_labels", "label_names", "fit"),
+    *("applied", "weights"),
+}
 
 
 class AutoCalibrator:
@@ -66,17 +70,47 @@ def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None
     record = {
         "library": "hf_calib",
         "library_version": __version__,
-        "type": calibrator.name,
-        "num_labels": calibrator.num_labels,
+        **describe_calibrator(calibrator),
         "label_names": names,
         "fit": calibrator.provenance,
         **extra,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"  # before any file is touched: it may fail
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in calibrator.tensors().items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in calibrator.tensors().items()}
     save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
     (folder / JSON_NAME).write_text(text, encoding="utf-8")
+
+
+def describe_calibrator(calibrator: Calibrator) -> dict[str, Any]:
+    """What a calibrator is, without what was fitted: its type, its settings and, the same way, its members."""
+    record = {"type": calibrator.name, "num_labels": calibrator.num_labels}
+    if settings := calibrator.settings():
+        record["settings"] = settings
+    if len(calibrator.members):
+        record["members"] = [describe_calibrator(member) for member in calibrator.members]
+    return record
+
+
+def build_calibrator(record: Any, path: Path) -> Calibrator:
+    """The calibrator that `describe_calibrator` has described, with fresh state."""
+    kinds = CALIBRATORS | COMPOSED
+    name = record.get("type") if isinstance(record, dict) else record
+    if name not in tuple(kinds):  # a tuple may be asked for what cannot be hashed
+        raise ValueError(f"{path}: type {name!r} is unknown; allowed are {', '.join(kinds)}")
+    kind, settings, described = kinds[name], record.get("settings", {}), record.get("members", [])
+    if not isinstance(settings, dict) or not isinstance(described, list):
+        raise ValueError(f"{path}: settings must be an object and members a list")
+    members = [build_calibrator(member, path) for member in described]
+    try:
+        calibrator = kind(members, **settings) if kind.is_composed else kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the settings of {name} are wrong: {error}") from None
+    num_labels, smallest = record.get("num_labels"), 2 if calibrator.task is None else 1
+    if type(num_labels) is not int or num_labels < smallest:
+        raise ValueError(f"{path}: num_labels is {num_labels!r}; allowed are integers from {smallest} up")
+    calibrator.set_tensors({}, num_labels=num_labels, members=members)
+    return calibrator
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -88,11 +122,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(record, dict) or record.get("library") != "hf_calib":
         raise ValueError(f'{path}: not a calibrator of this library ("library" must be "hf_calib")')
-    if record.get("type") not in tuple(CALIBRATORS):  # a tuple may be asked for what cannot be hashed
-        raise ValueError(f"{path}: type {record.get('type')!r} is unknown; allowed are {', '.join(CALIBRATORS)}")
-    num_labels, names = record.get("num_labels"), record.get("label_names")
-    if type(num_labels) is not int or num_labels < 2:
-        raise ValueError(f"{path}: num_labels is {num_labels!r}; allowed are integers from 2 up")
+    num_labels, names = build_calibrator(record, path).num_labels, record.get("label_names")
     if names is not None and not (
         isinstance(names, list) and len(names) == num_labels and all(isinstance(name, str) for name in names)
     ):
@@ -108,19 +138,29 @@ def read_record(folder: Path) -> dict[str, Any]:
 def load_calibrator(folder: Path) -> Calibrator:
     """The calibrator that the two files of a local folder describe; a ValueError where they do not agree."""
     record = read_record(folder)
-    calibrator = CALIBRATORS[record["type"]]()
+    calibrator = build_calibrator(record, folder / JSON_NAME)
     path = folder / TENSORS_NAME
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if set(tensors) != set(calibrator.tensor_names):
-        raise ValueError(f"{path}: holds {sorted(tensors)}; {record['type']} needs {sorted(calibrator.tensor_names)}")
-    calibrator.check_tensors(tensors, record["num_labels"], str(path))
-    calibrator.set_tensors(tensors, num_labels=record["num_labels"])
+    if set(tensors) != set(calibrator.tensors()):
+        raise ValueError(f"{path}: holds {sorted(tensors)}; {record['type']} needs {sorted(calibrator.tensors())}")
+    fill_calibrator(calibrator, tensors, path)
     calibrator.label_names = record.get("label_names")
     calibrator.provenance = record.get("fit") or {}
     return calibrator
+
+
+def fill_calibrator(calibrator: Calibrator, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Puts tensors into a calibrator that `build_calibrator` has made, and into its members."""
+    own = {name: tensors[name] for name in calibrator.own_tensor_names()}
+    calibrator.check_tensors(own, calibrator.num_labels, str(path))
+    calibrator.set_tensors(own, num_labels=calibrator.num_labels, members=calibrator.members)
+    for index, member in enumerate(calibrator.members):
+        prefix = f"members.{index}."
+        of_member = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        fill_calibrator(member, of_member, path)
 
 
 def weights_sha256(folder: Path) -> str | None:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..calibrators import make_calibrator, select_calibrator
-from ..calibrators.selection import SCORES, held_out_log_probs
+from ..calibrators import Calibrator, make_calibrator
+from ..calibrators.folds import held_out_log_probs
+from ..calibrators.rows import FitRows, check_rows
+from ..calibrators.selection import SCORES, select_for_rows
 from ..functional.checks import check_choice, check_probs
 from ..functional.scoring import logits_of
 from .registry import METRICS
@@ -63,12 +65,13 @@ def score_decomposition(
         parts = [score_decomposition(*column, **options) for column in zip(probs.T, labels.T, strict=True)]
         return ScoreDecomposition(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
 
-    def fit(logits: torch.Tensor, labels: torch.Tensor):
+    def fit(rows: FitRows) -> Calibrator:
         if calibrator is None:
-            return select_calibrator(logits, labels, score=score, num_folds=num_folds, seed=seed)
-        return make_calibrator(calibrator).fit(logits, labels)
+            return select_for_rows(rows, score=score, num_folds=num_folds, seed=seed)
+        return make_calibrator(calibrator).fit_rows(rows)
 
-    held_out = held_out_log_probs(fit, logits_of(probs), labels, num_folds=num_folds, seed=seed).exp()
+    rows = check_rows(logits_of(probs), labels)
+    held_out = held_out_log_probs(fit, rows, num_folds=num_folds, seed=seed).exp()
     calibrated = held_out if probs.dim() == 2 else held_out[:, 1].clamp_max(1)
     function = METRICS[score].function
     total, refinement = function(probs, labels), function(calibrated, labels)

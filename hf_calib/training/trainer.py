@@ -26,6 +26,7 @@ from ..attaching import (
     uncalibrated,
 )
 from ..calibrators import CALIBRATORS, Calibrator, select_calibrator
+from ..calibrators.selection import PREFER_SINGLE
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments, check_calibrator_name
 
@@ -206,7 +207,11 @@ class CalibrationTrainer(Trainer):
         check_not_folded(_base_model(self.model))
         self._refuse_seen_rows(dataset)
         logits, labels = self._predict_logits(dataset)
-        fitted = select_calibrator(logits, labels) if name == "auto" else CALIBRATORS[name]().fit(logits, labels)
+        fitted = (
+            select_calibrator(logits, labels, tolerance=PREFER_SINGLE)
+            if name == "auto"
+            else CALIBRATORS[name]().fit(logits, labels)
+        )
         if (calibrated := _calibrated_model(self.model)) is not None:
             detach_calibrator(calibrated)
         attach_calibrator(self.model, fitted)

