@@ -4,7 +4,7 @@ from .base import Calibrator, IdentityCalibration
 from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
-from .monotone import IsotonicCalibration
+from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
 from .scaling import TemperatureScaling
 from .selection import SelectionRow, select_calibrator
@@ -25,6 +25,7 @@ __all__ = [
     "BetaCalibration",
     "BiasCorrectedTemperature",
     "Calibrator",
+    "CentredIsotonicCalibration",
     "Chain",
     "DirichletCalibration",
     "Ensemble",

@@ -8,7 +8,7 @@ from .base import Calibrator, IdentityCalibration
 from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
-from .monotone import IsotonicCalibration
+from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .scaling import TemperatureScaling
 from .structured import (
     BiasCorrectedTemperature,
@@ -34,6 +34,7 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     "matrix": MatrixScaling,
     "dirichlet": DirichletCalibration,
     "isotonic": IsotonicCalibration,
+    "centred_isotonic": CentredIsotonicCalibration,
 }
 
 # Made of others, so their names are in files only.

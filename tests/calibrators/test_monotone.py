@@ -6,7 +6,8 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 
 from hf_calib import IsotonicCalibration
-from hf_calib.calibrators.monotone import fit_isotonic, interpolate
+from hf_calib.calibrators import CentredIsotonicCalibration
+from hf_calib.calibrators.monotone import interpolate
 
 
 def problem(seed, rows=400, classes=4, levels=None):
@@ -86,9 +87,65 @@ def test_the_state_is_small_rising_and_within_0_and_1():
 
 
 def test_weights_count_within_equal_scores():
-    thresholds, values = fit_isotonic(np.array([0.5, 0.5]), np.array([True, False]), np.array([3.0, 1.0]))
-    assert thresholds.tolist() == [0.5]
-    assert values.tolist() == [0.75]
+    logits = torch.zeros(2, 2)
+    calibrator = IsotonicCalibration().fit(logits, torch.tensor([1, 0]), sample_weight=torch.tensor([3.0, 1.0]))
+    assert calibrator.log_probs(logits).exp()[0].tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_a_hundred_classes_at_once_are_each_alone():
+    """All functions in one call of the solver, in blocks of classes: equal to scikit-learn class by class."""
+    logits, labels = problem(3, 2000, 100)
+    expected = one_against_the_rest(logits, labels, None, logits)
+    found = IsotonicCalibration().fit(logits, labels).log_probs(logits).exp()
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+# -- the top class alone
+
+
+def test_the_top_class_is_mapped_and_the_rest_keep_their_proportions():
+    logits, labels = problem(1, 3000)
+    calibrator = IsotonicCalibration(target="top").fit(logits, labels)
+    probs, found = logits.softmax(-1), calibrator.log_probs(logits).exp()
+    confidence, top = probs.max(-1)
+    regression = IsotonicRegression(out_of_bounds="clip").fit(confidence, (top == labels).numpy())
+    expected = torch.from_numpy(regression.predict(confidence))
+    inside = expected > 0.55  # the others cannot come above it there
+    assert inside.any()
+    torch.testing.assert_close(found.gather(-1, top[:, None])[inside, 0], expected[inside], atol=1e-9, rtol=0)
+    rest, found_rest = (x.scatter(-1, top[:, None], 0) for x in (probs, found))
+    torch.testing.assert_close(
+        found_rest / found_rest.sum(-1, keepdim=True), rest / rest.sum(-1, keepdim=True), atol=1e-7, rtol=0
+    )
+    assert torch.equal(found.argmax(-1), top)
+    assert calibrator.preserves_accuracy
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ValueError, match=r"^target: got 'label'; allowed are 'class', 'top'"):
+        IsotonicCalibration(target="label")
+
+
+# -- centred
+
+
+def test_centred_by_hand():
+    """Scores .1 (wrong), .3 (right), .8 (wrong), .9 (right): the middle pair is one point at .55, of value 1/2."""
+    scores = torch.tensor([0.1, 0.3, 0.8, 0.9], dtype=torch.float64).logit()
+    calibrator = CentredIsotonicCalibration(task="binary").fit(scores, torch.tensor([0, 1, 0, 1]))
+    at = torch.tensor([0.05, 0.1, 0.325, 0.55, 0.725, 0.9, 0.95], dtype=torch.float64)
+    expected = torch.tensor([0, 0, 0.25, 0.5, 0.75, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(calibrator.log_probs(at.logit()).exp(), expected, atol=1e-9, rtol=0)
+
+
+def test_centred_keeps_different_scores_different():
+    logits, labels = problem(4, 500, 2)
+    scores = (logits[:, 1] - logits[:, 0]).sort().values
+    flat, centred = (kind(task="binary").fit(logits[:, 1] - logits[:, 0], labels) for kind in (
+        IsotonicCalibration, CentredIsotonicCalibration))  # fmt: skip
+    inside = slice(60, -60)
+    assert (centred(scores)[inside].diff() > 0).all()
+    assert (flat(scores)[inside].diff() == 0).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
