@@ -73,7 +73,9 @@ def test_the_same_seed_gives_the_same_numbers(rows):
 
 
 def test_what_cannot_be_done_is_refused(rows):
-    with pytest.raises(ValueError, match="method: got 'plat'; allowed are auto, identity, temperature, platt, beta"):
+    with pytest.raises(
+        ValueError, match="method: got 'plat'; allowed are auto, identity, temperature, ensemble_temperature"
+    ):
         calibrate_predictions(rows, method="plat")
     with pytest.raises(ValueError, match=r"logits: got 3 classes; allowed for platt are 2. OneVsRest\(PlattScaling"):
         calibrate_predictions(rows, method="platt")

@@ -53,12 +53,10 @@ def made(kind, *members, **settings):
 
 
 def kinds():
-    """Every calibrator by name: lifted where it is for two classes, by class where it is for groups."""
+    """Every calibrator by name, lifted where it is for two classes."""
     found = {}
     for name, kind in CALIBRATORS.items():
         found[name] = made(OneVsRest, kind()) if kind.two_classes_only else kind
-        if kind().needs_groups:
-            found[name] = made(kind, by="class")
     pair = [TemperatureScaling(), IsotonicCalibration()]
     return found | {"chain": made(Chain, pair), "ensemble": made(Ensemble, [IdentityCalibration(), *pair])}
 

@@ -4,6 +4,8 @@ from .base import Calibrator, IdentityCalibration
 from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
+from .grouped import GroupTemperature
+from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
 from .scaling import TemperatureScaling
@@ -29,6 +31,8 @@ __all__ = [
     "Chain",
     "DirichletCalibration",
     "Ensemble",
+    "EnsembleTemperature",
+    "GroupTemperature",
     "IdentityCalibration",
     "IsotonicCalibration",
     "MatrixScaling",

@@ -94,6 +94,7 @@ class Calibrator(nn.Module):
     def fit_rows(self, rows: FitRows) -> Calibrator:
         """`fit` on rows that `check_rows` has returned."""
         num_classes = rows.logits.shape[-1]
+        self._check_groups(rows.groups)
         if self.two_classes_only and num_classes != 2:
             raise ValueError(
                 f"logits: got {num_classes} classes; allowed for {self.name} are 2. "

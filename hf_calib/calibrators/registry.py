@@ -8,6 +8,8 @@ from .base import Calibrator, IdentityCalibration
 from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
+from .grouped import GroupTemperature
+from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .scaling import TemperatureScaling
 from .structured import (
@@ -24,6 +26,8 @@ from .structured import (
 CALIBRATORS: dict[str, type[Calibrator]] = {
     "identity": IdentityCalibration,
     "temperature": TemperatureScaling,
+    "ensemble_temperature": EnsembleTemperature,
+    "group_temperature": GroupTemperature,
     "platt": PlattScaling,
     "beta": BetaCalibration,
     "quadratic": QuadraticScaling,

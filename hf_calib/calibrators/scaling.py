@@ -226,23 +226,28 @@ def _step(slope: float, curvature: float, third: float) -> float:
 def _derivatives(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, temperature: float
 ) -> tuple[float, float, float]:
-    """First three derivatives of the mean NLL in log T, in one pass over blocks of rows.
-
-    They follow from the mean, variance and third central moment of z / T under softmax(z / T).
-    """
+    """First three derivatives of the mean NLL in log T, in one pass over blocks of rows."""
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     rows = max(1, BLOCK_ELEMENTS // logits.shape[-1])
     for z, y, w in zip(logits.split(rows), labels.split(rows), weights.split(rows), strict=True):
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z = (z - z.amax(-1, keepdim=True)) / temperature
-        z.clamp_min_(-1e6)  # -inf and its like: exp gives 0, and 0 times a finite number stays 0
-        e = z.exp()
-        m0 = e.sum(-1)
-        m1, m2, m3 = (e.mul_(z).sum(-1) / m0 for _ in range(3))
-        happened = z.gather(-1, y[:, None])[:, 0]
-        moments = torch.stack([m1 - happened, m2 - m1 * m1, m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1])
-        sums += moments.double() @ w
-    first, second, third = (sums / weights.sum()).tolist()
+        sums += row_derivatives(z, y, temperature) @ w
+    return tuple((sums / weights.sum()).tolist())
+
+
+def row_derivatives(logits: torch.Tensor, labels: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """First three derivatives of each row's NLL in log T, `(3, N)` float64, at one temperature or `(N, 1)` of them.
+
+    They follow from the mean, variance and third central moment of z / T under softmax(z / T).
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = (z - z.amax(-1, keepdim=True)) / temperature
+    z.clamp_min_(-1e6)  # -inf and its like: exp gives 0, and 0 times a finite number stays 0
+    e = z.exp()
+    m0 = e.sum(-1)
+    m1, m2, m3 = (e.mul_(z).sum(-1) / m0 for _ in range(3))
+    happened = z.gather(-1, labels[:, None])[:, 0]
+    moments = torch.stack([m1 - happened, m2 - m1 * m1, m3 - 3 * m1 * m2 + 2 * m1 * m1 * m1])
+    first, second, third = moments.double()
     # The moments are derivatives in b, where b / T is the inverse temperature, at b = 1; with log T - log b in the
     # place of log T, each derivative in log b is b d/db of the one before
-    return -first, first + second, -(first + 3 * second + third)
+    return torch.stack([-first, first + second, -(first + 3 * second + third)])
