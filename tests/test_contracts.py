@@ -431,6 +431,8 @@ EXCEPTIONS = {
     # their penalties depend on the number of rows
     "structured_vector": (integer_weights_repeat_rows,),
     "structured_matrix": (integer_weights_repeat_rows,),
+    # the row in question weighs as much as those of the fit do on average
+    "venn_abers": (integer_weights_repeat_rows,),
 }
 
 

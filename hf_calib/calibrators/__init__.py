@@ -5,6 +5,7 @@ from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
 from .grouped import GroupTemperature
+from .histogram import HistogramBinning, ScalingBinning
 from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
@@ -19,6 +20,7 @@ from .structured import (
     StructuredVectorScaling,
     VectorScaling,
 )
+from .venn_abers import VennAbersCalibration
 
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Ensemble",
     "EnsembleTemperature",
     "GroupTemperature",
+    "HistogramBinning",
     "IdentityCalibration",
     "IsotonicCalibration",
     "MatrixScaling",
@@ -40,11 +43,13 @@ __all__ = [
     "PerLabel",
     "PlattScaling",
     "QuadraticScaling",
+    "ScalingBinning",
     "SelectionRow",
     "StructuredMatrixScaling",
     "StructuredVectorScaling",
     "TemperatureScaling",
     "VectorScaling",
+    "VennAbersCalibration",
     "make_calibrator",
     "select_calibrator",
 ]

@@ -9,6 +9,7 @@ from .binary import BetaCalibration, PlattScaling, QuadraticScaling
 from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
 from .grouped import GroupTemperature
+from .histogram import HistogramBinning, ScalingBinning
 from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .scaling import TemperatureScaling
@@ -20,6 +21,7 @@ from .structured import (
     StructuredVectorScaling,
     VectorScaling,
 )
+from .venn_abers import VennAbersCalibration
 
 
 # Simplest first: the order in which selection breaks ties.
@@ -39,6 +41,9 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     "dirichlet": DirichletCalibration,
     "isotonic": IsotonicCalibration,
     "centred_isotonic": CentredIsotonicCalibration,
+    "histogram": HistogramBinning,
+    "scaling_binning": ScalingBinning,
+    "venn_abers": VennAbersCalibration,
 }
 
 # Made of others, so their names are in files only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,20 +59,20 @@ def stream_temperature(
     Raises:
         ValueError: a batch is wrong, there is no row, or the optimum is out of range.
     """
-    reader = _Reader(batches, ignore_index, task)
+    reader = BatchReader(batches, ignore_index, task)
     first, error, message = [], None, [0.0] * 5
     try:
         first = reader.first()
         message = _start_message(first, start, reader)
     except Exception as caught:  # the others would wait for this process
         error = caught
-    centre, is_flat, num_labels = _agree_on_start(_gather(message, error))
+    centre, is_flat, num_labels = _agree_on_start(gather(message, error))
     error, message = None, [0.0] * (4 + 3 * len(NODES))
     try:
         message = _sum_up(first, reader, math.exp(centre))
     except Exception as caught:
         error = caught
-    messages = _gather(message, error)
+    messages = gather(message, error)
     rows, wrong, label_sum = messages[:, :3].sum(0)
     if rows == 0:
         raise ValueError(f"labels: no row of any batch is left after leaving out ignore_index={ignore_index}")
@@ -89,7 +89,7 @@ def stream_temperature(
     )
 
 
-class _Reader:
+class BatchReader:
     """Batches with checked shapes, flat; none is held while the next one is made."""
 
     def __init__(self, batches: Iterable, ignore_index: int, task: str | None):
@@ -157,7 +157,9 @@ class _Reader:
         return logits.detach().reshape(-1, self.num_labels), labels
 
 
-def _start_message(first: list[tuple[torch.Tensor, torch.Tensor]], start: Callable, reader: _Reader) -> list[float]:
+def _start_message(
+    first: list[tuple[torch.Tensor, torch.Tensor]], start: Callable, reader: BatchReader
+) -> list[float]:
     """Number of classes, rows, rows that tell a temperature, its logarithm times these, and rows where it is flat."""
     rows = [kept for batch in first if (kept := reader.kept(*batch)) is not None]
     if not rows:
@@ -189,7 +191,7 @@ def _agree_on_start(messages: np.ndarray) -> tuple[float, bool, int]:
     return centre, bool(telling) and flat == telling, classes.pop() if classes else 0
 
 
-def _sum_up(first: list, reader: _Reader, temperature: float) -> list[float]:
+def _sum_up(first: list, reader: BatchReader, temperature: float) -> list[float]:
     """Rows, wrong rows, the sum of the labels' logits below the best, the closest runner-up, and sums at the nodes."""
     totals, wrong = torch.zeros(3 + 3 * len(NODES), dtype=torch.float64), 0.0
     closest = torch.tensor(torch.inf, dtype=torch.float64)
@@ -300,7 +302,7 @@ def _root(objective: np.ndarray, orders: tuple[int, ...], low: float, high: floa
     return (low + high) / 2
 
 
-def _gather(message: list[float], error: Exception | None) -> np.ndarray:
+def gather(message: Sequence[float], error: Exception | None) -> np.ndarray:
     """The message of every process, one a row; raises in all of them when one has failed."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_calib import TemperatureScaling
+from hf_calib.calibrators import HistogramBinning
 
 
 def problem(rows=30_000, classes=5, temperature=2.0, seed=0, dtype=torch.float64):
@@ -170,23 +171,28 @@ PROCESS = """
     import torch
     import torch.distributed as dist
     from hf_calib import TemperatureScaling
+    from hf_calib.calibrators import HistogramBinning
     rank, store, rows = int(sys.argv[1]), sys.argv[2], torch.load(sys.argv[3], weights_only=True)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = []
     for cut in (15_000, 29_000, 30_000):  # the last leaves the second process without rows
         part = slice(0, cut) if rank == 0 else slice(cut, None)
-        batches = zip(rows["logits"][part].split(1000), rows["labels"][part].split(1000))
-        found.append(TemperatureScaling().fit_batches(batches).temperature.item())
+        batches = list(zip(rows["logits"][part].split(1000), rows["labels"][part].split(1000)))
+        histogram = HistogramBinning(num_bins=4).fit_batches(batches)
+        assert histogram.provenance["rows"] == 30_000
+        temperature = TemperatureScaling().fit_batches(batches).temperature
+        found.append([temperature.item(), *histogram.values.flatten().tolist()])
     print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_temperature_of_one(tmp_path):
+def test_two_processes_have_the_fit_of_one(tmp_path):
     logits, labels = problem()
     torch.save({"logits": logits, "labels": labels}, tmp_path / "rows.pt")
-    one = TemperatureScaling().fit_batches(batches_of(logits, labels, 1000)).temperature.item()
+    temperature = TemperatureScaling().fit_batches(batches_of(logits, labels, 1000)).temperature.item()
+    one = [temperature, *HistogramBinning(num_bins=4).fit(logits, labels).values.flatten().tolist()]
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     running = [
         subprocess.Popen(
@@ -200,4 +206,6 @@ def test_two_processes_have_the_temperature_of_one(tmp_path):
     outputs = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
-    assert first == second == pytest.approx([one] * 3, rel=1e-6)
+    assert first == second
+    for found in first:
+        assert found == pytest.approx(one, rel=1e-6)
