@@ -6,6 +6,7 @@ from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
 from .grouped import GroupTemperature
 from .histogram import HistogramBinning, ScalingBinning
+from .label_shift import PriorCorrection
 from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
@@ -42,6 +43,7 @@ __all__ = [
     "OneVsRest",
     "PerLabel",
     "PlattScaling",
+    "PriorCorrection",
     "QuadraticScaling",
     "ScalingBinning",
     "SelectionRow",

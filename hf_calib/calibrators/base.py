@@ -110,15 +110,7 @@ class Calibrator(nn.Module):
 
         Binary logits are of any shape. Calibrators of groups also need `groups`, `(...)` integers from 0 up.
         """
-        if self.num_labels is None:
-            raise ValueError(f"{type(self).__name__}: not fitted; call fit(logits, labels) or load one first")
-        if not logits.is_floating_point():
-            raise ValueError(f"logits: got {logits.dtype}; allowed are floating tensors")
-        if self.task != "binary" and (logits.dim() == 0 or logits.shape[-1] != self.num_labels):
-            raise ValueError(
-                f"logits: got {logits.shape[-1] if logits.dim() else 'no'} classes; this calibrator was fitted on "
-                f"{self.num_labels}"
-            )
+        self.check_logits(logits)
         self._check_groups(groups)
         options = {} if groups is None else {"groups": groups}
         if self.task == "multilabel":
@@ -136,6 +128,18 @@ class Calibrator(nn.Module):
         """
         calibrated = self(logits.to(torch.promote_types(logits.dtype, torch.float32)), groups=groups)
         return calibrated.log_softmax(-1) if self.task is None else nn.functional.logsigmoid(calibrated)
+
+    def check_logits(self, logits: torch.Tensor) -> None:
+        """Raises a ValueError unless this is fitted, on as many classes as these logits have."""
+        if self.num_labels is None:
+            raise ValueError(f"{type(self).__name__}: not fitted; call fit(logits, labels) or load one first")
+        if not logits.is_floating_point():
+            raise ValueError(f"logits: got {logits.dtype}; allowed are floating tensors")
+        if self.task != "binary" and (logits.dim() == 0 or logits.shape[-1] != self.num_labels):
+            raise ValueError(
+                f"logits: got {logits.shape[-1] if logits.dim() else 'no'} classes; this calibrator was fitted on "
+                f"{self.num_labels}"
+            )
 
     def set_tensors(
         self, tensors: dict[str, torch.Tensor], *, num_labels: int, members: Sequence[Calibrator] = ()

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..functional.checks import check_choice
 from .base import Calibrator
-from .rows import FitRows, two_class_logits
+from .label_shift import PriorCorrection
+from .rows import FitRows, check_unlabelled, two_class_logits
 
 
 class ComposedCalibrator(Calibrator):
@@ -69,6 +70,28 @@ class Chain(ComposedCalibrator):
         sizes = {member.num_labels for member in self.templates}
         if task is None and len(sizes) == 1:
             self.num_labels = sizes.pop()
+
+    def adapt(self, logits: torch.Tensor) -> Chain:
+        """Adapts each [`PriorCorrection`] in it to what those before it make of logits without labels.
+
+        Args:
+            logits (`torch.Tensor` of shape `(..., C)`, floating): as `forward` takes them.
+        Returns:
+            the calibrator itself.
+        Raises:
+            ValueError: as `PriorCorrection.adapt`; there is none in it, or it has a `task` or groups.
+        """
+        if self.task or self.needs_groups or not any(isinstance(x, PriorCorrection) for x in self.templates):
+            raise ValueError("members: got no PriorCorrection, or a task or groups, with which a chain cannot adapt")
+        self.check_logits(logits)
+        adapted, calibrated = [], check_unlabelled(logits).double()
+        for member in self.members:
+            if isinstance(member, PriorCorrection):
+                member = copy.deepcopy(member).adapt(calibrated)
+            calibrated = member(calibrated)
+            adapted.append(member)
+        self.members = nn.ModuleList(adapted)
+        return self
 
     def _fit_rows(self, rows: FitRows) -> tuple[dict[str, torch.Tensor], list[Calibrator]]:
         members, rows = [], rows._replace(logits=rows.logits.double())

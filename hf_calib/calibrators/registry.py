@@ -10,6 +10,7 @@ from .compose import Chain, OneVsRest, PerLabel
 from .ensemble import Ensemble
 from .grouped import GroupTemperature
 from .histogram import HistogramBinning, ScalingBinning
+from .label_shift import PriorCorrection
 from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .scaling import TemperatureScaling
@@ -30,6 +31,7 @@ CALIBRATORS: dict[str, type[Calibrator]] = {
     "temperature": TemperatureScaling,
     "ensemble_temperature": EnsembleTemperature,
     "group_temperature": GroupTemperature,
+    "prior_correction": PriorCorrection,
     "platt": PlattScaling,
     "beta": BetaCalibration,
     "quadratic": QuadraticScaling,

@@ -74,9 +74,19 @@ def check_rows(
         labels = _check_distributions(labels, kept)
     else:
         check_labels(labels, logits.shape[-1])
-    _check_finite(logits, labels, kept)
+    _check_highest(logits, kept)
+    _check_possible(logits, labels, kept)
     weights = weights / weights.max()  # first, so that the mean of huge weights is finite
     return FitRows(logits, labels, weights / weights.mean(), groups, len(labels))
+
+
+def check_unlabelled(logits: torch.Tensor) -> torch.Tensor:
+    """`(..., C)` logits of rows without labels, checked as those of a fit and flat: `(N, C)`."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    if len(rows) == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}; allowed is at least one row")
+    _check_highest(rows, torch.ones(len(rows), dtype=torch.bool))
+    return rows
 
 
 def hard_rows(rows: FitRows) -> FitRows:
@@ -143,7 +153,7 @@ def _check_distributions(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tens
     return labels / total[:, None]
 
 
-def _check_finite(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor) -> None:
+def _check_highest(logits: torch.Tensor, kept: torch.Tensor) -> None:
     highest = logits.amax(-1)  # NaN where the row holds one, +inf likewise, -inf where nothing is possible
     wrong = highest.isfinite().logical_not()
     if wrong.any():
@@ -152,6 +162,9 @@ def _check_finite(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor
             f"logits: the largest of row {int(kept.nonzero()[first])} is {float(highest[first])}; allowed are finite "
             "values, and -inf for classes that cannot occur"
         )
+
+
+def _check_possible(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor) -> None:
     if labels.is_floating_point():
         wrong = (labels > 0) & (logits == -torch.inf)
     else:

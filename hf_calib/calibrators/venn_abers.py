@@ -60,7 +60,7 @@ class VennAbersCalibration(Calibrator):
             two `torch.Tensor` of shape `(...)`, float64 in [0, 1]; with a `task` in the logits' shape. Where a class
             is impossible both are 0 or both are 1.
         """
-        self(logits[:0])  # checks
+        self.check_logits(logits)
         if self.task == "multilabel":
             columns = zip(self.members, logits.unbind(-1), strict=True)
             lower, upper = zip(*(member.interval(column) for member, column in columns), strict=True)
