@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from .base import Calibrator
 
 TIE = 1e-12  # probabilities that differ by less, relatively, differ by rounding
 SAME = 1e-11  # values that differ by less differ by rounding
-BLOCK_ELEMENTS = 2**22  # of probabilities that are sorted at once
+BLOCK_ELEMENTS = 2**17  # probabilities sorted at once: few enough for a cache
 ABOVE = 1 + 1e-9  # how far over the runner-up, relatively, the top class stays
 TARGETS = ("class", "top")
 
@@ -175,8 +176,14 @@ def sorted_classes(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Te
     probs = logits.double().softmax(-1).masked_fill(logits == -torch.inf, -1)
     classes = torch.arange(probs.shape[-1], device=labels.device)
     size = max(1, BLOCK_ELEMENTS // len(labels))
-    blocks = zip(probs.split(size, dim=-1), classes.split(size), strict=True)
-    return [sort_rows(scores, labels[:, None] == those, weights) for scores, those in blocks]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy sorts without Python's lock
+        return list(
+            pool.map(
+                lambda scores, those: sort_rows(scores, labels[:, None] == those, weights),
+                probs.split(size, dim=-1),
+                classes.split(size),
+            )
+        )
 
 
 def sort_rows(scores: torch.Tensor, outcomes: torch.Tensor, weights: torch.Tensor) -> SortedRows:
@@ -187,9 +194,18 @@ def sort_rows(scores: torch.Tensor, outcomes: torch.Tensor, weights: torch.Tenso
         weights (`torch.Tensor` of shape `(N,)`, float64 above 0).
     """
     scores, outcomes = scores.T.contiguous().cpu().numpy(), outcomes.T.contiguous().cpu().numpy()
-    order = scores.argsort(axis=-1)
-    scores, outcomes = np.take_along_axis(scores, order, -1), np.take_along_axis(outcomes, order, -1)
-    weights = weights.cpu().numpy()[order]
+    weights = weights.cpu().numpy()
+    if (weights == weights[0]).all():
+        # A sort alone is quicker than one that gives the order. It carries outcomes in the scores' last bits
+        keys = scores.view(np.int64) & -2
+        keys |= outcomes
+        keys.sort(axis=-1)
+        outcomes, scores = (keys & 1).astype(bool), (keys & -2).view(np.float64)
+        weights = np.broadcast_to(weights[0], scores.shape)
+    else:
+        order = scores.argsort(axis=-1)
+        scores, outcomes = np.take_along_axis(scores, order, -1), np.take_along_axis(outcomes, order, -1)
+        weights = weights[order]
     kept = scores >= 0
     starts = np.append(0, kept.sum(-1).cumsum())
     return SortedRows(scores[kept], outcomes[kept], weights[kept], starts)
@@ -269,6 +285,10 @@ def interpolate(scores: torch.Tensor, thresholds: torch.Tensor, values: torch.Te
     Returns:
         `torch.Tensor` of shape `(K, N)`, float64.
     """
+    if scores.numel() > BLOCK_ELEMENTS and len(scores) > 1:
+        size = max(1, BLOCK_ELEMENTS // scores.shape[-1])
+        parts = zip(scores.split(size), thresholds.split(size), values.split(size), strict=True)
+        return torch.cat([interpolate(*part) for part in parts])
     upper = torch.searchsorted(thresholds, scores).clamp(1, thresholds.shape[-1] - 1)
     x0, x1 = thresholds.gather(-1, upper - 1), thresholds.gather(-1, upper)
     y0, y1 = values.gather(-1, upper - 1), values.gather(-1, upper)
