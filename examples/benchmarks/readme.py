@@ -51,6 +51,25 @@ def stream_table() -> str:
     return _table(lines) + f"{_made_by('stream', record)}: the best of {record['rounds']} rounds."
 
 
+def calibrators_table() -> str:
+    """Every method's scores minus those of doing nothing, on the sets on which it was measured, best first."""
+    record = json.loads((HERE / "results" / "calibrators.json").read_text())
+    scores = ("nll_minus_nothing", "nll_minus_selected", "brier_minus_nothing", "ece_minus_nothing")
+    head = ["Method", "Sets", "NLL", "worse on", "NLL beside `select_calibrator`", "Brier", "ECE"]
+    lines = [head, [":---", *["---:"] * (len(head) - 1)]]
+    for name, found in record["methods"].items():
+        nll, selected, brier, ece = (f"{found[score]:+.4f}" for score in scores)
+        sets = str(found["sets"]) + (f", {found['failed_splits']} splits failed" if found["failed_splits"] else "")
+        lines.append([name, sets, nll, str(found["worse_than_nothing"]), selected, brier, ece])
+    note = f"Differences from doing nothing, lower is better: means over {record['splits']} splits of each set, then "
+    note += f"over sets. On {record['selection']['worse_beyond_the_95_percent_bound']} of "
+    note += (
+        f"{record['selection']['splits']} splits `select_calibrator` is worse than doing nothing beyond the paired "
+    )
+    note += f"bootstrap's 95 % bound. A probability below {record['floor']:g} counts as that. "
+    return _table(lines) + note + f"{_made_by('calibrators', record)}."
+
+
 def _table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
@@ -60,7 +79,7 @@ def _made_by(name: str, record: dict) -> str:
     return f"Made by [{name}.py](examples/benchmarks/{name}.py) with {versions}"
 
 
-TABLES = {"demo": demo_table, "speed": speed_table, "stream": stream_table}
+TABLES = {"calibrators": calibrators_table, "demo": demo_table, "speed": speed_table, "stream": stream_table}
 
 
 def render(text: str) -> str:
