@@ -201,12 +201,16 @@ def digest(*contents: bytes) -> str:
 
 def code_of(method: str) -> str:
     """What a result depends on beside the data: the calibrators' source, or a package's version and its call."""
-    return f"{version(method.split()[0])} {PEER_CODE}" if method in PEERS else OWN_CODE
+    if method in PEERS:
+        return f"{version(method.split()[0])} {PEER_CODE}"
+    return SELECTION_CODE if method == SELECTED else OWN_CODE
 
 
 PEER_CODE = digest(Path(inspect.getfile(peers)).read_bytes())
 OWN_FOLDER = Path(inspect.getfile(hf_calib.Calibrator)).parent
-OWN_CODE = digest(*(path.read_bytes() for path in sorted(OWN_FOLDER.glob("*.py"))))
+OWN_FILES = {path.name: path.read_bytes() for path in sorted(OWN_FOLDER.glob("*.py"))}
+SELECTION_CODE = digest(*OWN_FILES.values())
+OWN_CODE = digest(*(content for name, content in OWN_FILES.items() if name != "selection.py"))
 
 
 def measure_all(problem: Problem, kept: Kept, advance: Callable[[str], None]) -> list[dict]:

@@ -61,12 +61,12 @@ def calibrators_table() -> str:
         nll, selected, brier, ece = (f"{found[score]:+.4f}" for score in scores)
         sets = str(found["sets"]) + (f", {found['failed_splits']} splits failed" if found["failed_splits"] else "")
         lines.append([name, sets, nll, str(found["worse_than_nothing"]), selected, brier, ece])
+    selection = record["selection"]
     note = f"Differences from doing nothing, lower is better: means over {record['splits']} splits of each set, then "
-    note += f"over sets. On {record['selection']['worse_beyond_the_95_percent_bound']} of "
-    note += (
-        f"{record['selection']['splits']} splits `select_calibrator` is worse than doing nothing beyond the paired "
-    )
-    note += f"bootstrap's 95 % bound. A probability below {record['floor']:g} counts as that. "
+    note += f"over {len(record['sets'])} sets, or those on which a method could be measured. `select_calibrator` is "
+    note += "worse than doing nothing, beyond the paired bootstrap's 95 % bound, on "
+    note += f"{selection['worse_beyond_the_95_percent_bound']} of {selection['splits']} splits. A probability below "
+    note += f"{record['floor']:g} counts as that. "
     return _table(lines) + note + f"{_made_by('calibrators', record)}."
 
 
