@@ -52,8 +52,15 @@ def test_the_demo_ends_in_a_folder_that_is_proven(method, applied, environment, 
 
 
 def test_an_interrupted_demo_leaves_nothing(environment, tmp_path):
-    process = subprocess.Popen([*COMMAND, "--output", "made"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, "--output", "made"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     for line in process.stdout:
         if line.startswith("2. Training"):
             break
