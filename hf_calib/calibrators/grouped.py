@@ -8,7 +8,7 @@ import torch
 
 from ..functional.checks import check_choice
 from .base import Calibrator
-from .scaling import BLOCK_ELEMENTS, fit_temperature, row_derivatives
+from .scaling import BLOCK_ELEMENTS, fit_temperature, in_dtype_of, row_derivatives, temperature_problem
 
 
 KINDS_OF_GROUPS = ("class", "group")
@@ -89,14 +89,12 @@ class GroupTemperature(Calibrator):
             raise ValueError(f"groups: got {groups.dtype} or a negative number; allowed are integers from 0 up")
         temperatures = torch.cat([self.group_temperatures, self.temperature[None]])
         divisor = temperatures[groups.clamp_max(len(self.group_temperatures))][..., None]
-        limits = torch.finfo(logits.dtype)
-        scaled = logits.double() / divisor
-        return scaled.clamp(limits.min, limits.max).where(logits.isfinite(), logits.double()).to(logits.dtype)
+        return in_dtype_of(logits, logits.double() / divisor)
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
         shared, of_groups = tensors["temperature"], tensors["group_temperatures"]
-        if shared.dim() > 0 or shared <= 0:
-            return f"temperature is {shared.tolist()}; allowed is one number above 0"
+        if (problem := temperature_problem(shared)) is not None:
+            return problem
         if (
             of_groups.dim() != 1
             or bool((of_groups <= 0).any())

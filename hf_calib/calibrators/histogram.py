@@ -13,7 +13,7 @@ from ..functional.binning import BINNINGS, BLOCK_ELEMENTS, bin_numbers, interior
 from ..functional.checks import check_choice, check_count
 from .base import Calibrator
 from .monotone import SortedRows, group_ties, log_shares, sorted_classes
-from .scaling import fit_temperature
+from .scaling import fit_temperature, temperature_problem
 from .streaming import BatchReader, gather
 
 
@@ -194,10 +194,7 @@ class ScalingBinning(BinnedCalibrator):
         return super()._calibrate(_scaled(logits, self.temperature)).to(logits.dtype)
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
-        temperature = tensors["temperature"]
-        if temperature.dim() > 0 or temperature <= 0:
-            return f"temperature is {temperature.tolist()}; allowed is one number above 0"
-        return super()._problem(tensors, num_labels)
+        return temperature_problem(tensors["temperature"]) or super()._problem(tensors, num_labels)
 
 
 def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

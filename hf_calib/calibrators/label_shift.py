@@ -9,6 +9,7 @@ from torch import nn
 
 from .base import Calibrator
 from .rows import check_unlabelled, two_class_logits
+from .scaling import in_dtype_of
 
 
 MAX_STEPS = 2_000
@@ -75,9 +76,7 @@ class PriorCorrection(Calibrator):
 
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         ratio = self.target_priors.log() - self.source_priors.log()
-        limits = torch.finfo(logits.dtype)
-        moved = (logits.double() + ratio).clamp(limits.min, limits.max)
-        return moved.where(logits.isfinite(), logits.double()).to(logits.dtype)
+        return in_dtype_of(logits, logits.double() + ratio)
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
         for name, priors in tensors.items():

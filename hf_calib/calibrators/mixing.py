@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .base import Calibrator
-from .scaling import fit_temperature
+from .scaling import fit_temperature, temperature_problem
 
 
 SMALLEST = 1e-300  # a probability that a logarithm is taken of
@@ -51,8 +51,8 @@ class EnsembleTemperature(Calibrator):
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
         temperature, mixture = tensors["temperature"], tensors["mixture"]
-        if temperature.dim() > 0 or temperature <= 0:
-            return f"temperature is {temperature.tolist()}; allowed is one number above 0"
+        if (problem := temperature_problem(temperature)) is not None:
+            return problem
         if mixture.shape != (3,) or bool((mixture < 0).any()) or abs(float(mixture.sum()) - 1) > 1e-6:
             return f"mixture is {mixture.tolist()}; allowed are three shares that sum to 1"
         return None

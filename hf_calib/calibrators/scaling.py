@@ -89,10 +89,7 @@ class TemperatureScaling(Calibrator):
         return self
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
-        temperature = tensors["temperature"]
-        if temperature.dim() > 0 or temperature <= 0:
-            return f"temperature is {temperature.tolist()}; allowed is one number above 0"
-        return None
+        return temperature_problem(tensors["temperature"])
 
     def extra_repr(self) -> str:
         fitted = self.temperature is not None and not self.temperature.is_meta
@@ -102,9 +99,20 @@ class TemperatureScaling(Calibrator):
         # Half-precision logits are divided in float32: torch would round T itself to the logits' dtype otherwise
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # A T below 1 would take a finite mask, such as torch.finfo(dtype).min, to -inf
-        limits = torch.finfo(logits.dtype)
-        scaled = wide / self.temperature
-        return scaled.clamp(limits.min, limits.max).where(logits.isfinite(), scaled).to(logits.dtype)
+        return in_dtype_of(logits, wide / self.temperature)
+
+
+def temperature_problem(temperature: torch.Tensor) -> str | None:
+    """What is wrong with a fitted temperature, if anything is."""
+    if temperature.dim() > 0 or temperature <= 0:
+        return f"temperature is {temperature.tolist()}; allowed is one number above 0"
+    return None
+
+
+def in_dtype_of(logits: torch.Tensor, calibrated: torch.Tensor) -> torch.Tensor:
+    """Calibrated logits in the dtype of those given: finite, but for what was not."""
+    limits = torch.finfo(logits.dtype)
+    return calibrated.clamp(limits.min, limits.max).where(logits.isfinite(), logits).to(logits.dtype)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .base import Calibrator
-from .scaling import fit_temperature
+from .scaling import fit_temperature, in_dtype_of, temperature_problem
 
 
 BLOCK_ELEMENTS = 2**19  # logits worked on at a time
@@ -66,10 +66,7 @@ class LinearScaling(Calibrator):
     def _calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / self.temperature
         features, possible = self._features(logits, self.temperature)
-        mapped = linear(features, self.weight, self.bias).where(possible, scaled)
-        limits = torch.finfo(logits.dtype)
-        mapped = mapped.clamp(limits.min, limits.max).where(logits.isfinite(), logits.double())
-        return mapped.to(logits.dtype)
+        return in_dtype_of(logits, linear(features, self.weight, self.bias).where(possible, scaled))
 
     def _features(self, logits: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """$x$, `(..., C)` float64, 0 where a class is impossible, and where it is not."""
@@ -83,8 +80,8 @@ class LinearScaling(Calibrator):
 
     def _problem(self, tensors: dict[str, torch.Tensor], num_labels: int) -> str | None:
         temperature, weight, bias = (tensors[name] for name in self.tensor_names)
-        if temperature.dim() > 0 or temperature <= 0:
-            return f"temperature is {temperature.tolist()}; allowed is one number above 0"
+        if (problem := temperature_problem(temperature)) is not None:
+            return problem
         if weight.shape != (num_labels,) * self.weight_dims or bias.shape != (num_labels,):
             return (
                 f"weight and bias have shapes {tuple(weight.shape)} and {tuple(bias.shape)}; allowed are "
