@@ -1,16 +1,33 @@
-"""The CalibTransformer: a present-day Transformer, written to be read from top to bottom.
+"""The CalibTransformer: a present-day Transformer, and that of 2017, written to be read from top to bottom.
 
-Letters in the shape comments: B sequences, T tokens, C = `hidden_size`, H query heads, K key and value heads,
-D = C / H dimensions per head.
+A `CalibTransformerLayer` is self-attention, cross-attention where there is an encoder to look at, and a feed-forward
+block. A stack of layers is an encoder (`CalibTransformerEncoderModel`) or a decoder (`CalibTransformerDecoderModel`);
+`CalibTransformerModel` is both. What is called `...For...` is one of the three and a head on its last states.
+
+Letters in the shape comments: B sequences, T tokens, S tokens that are looked at, C = `hidden_size`, H query heads,
+K key and value heads, D = C / H dimensions per head, V = `vocab_size`.
 """
+
+import copy
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -18,22 +35,28 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_calib_transformer import CalibTransformerConfig
 
 
-def rotary_table(positions, head_dim, theta):
+# --- positions
+
+
+def rotary_table(positions, head_dim, theta, dtype=torch.float32):
     """Cosine and sine of the rotary angles `position * theta ** (-2 i / head_dim)`, i = 0 ... head_dim / 2 - 1.
 
     Computed where it is used, in float32, so that the model has no buffer to place, cast or initialise.
 
     Args:
-        positions (`torch.Tensor` of shape `(T,)`): token positions.
-        head_dim (`int`): dimensions of a head, even.
+        positions (`torch.Tensor` of shape `(B or 1, T)`): token positions.
+        head_dim (`int`): dimensions of a head, D, even.
         theta (`float`): base of the wavelengths.
+        dtype (`torch.dtype`): of the result.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(T, head_dim / 2)`, float32.
+        `tuple` of two `torch.Tensor` of shape `(B or 1, 1, T, D)`: cosines, and sines with the sign that `rotate`
+        needs. Both halves of D have the same angles.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[:, None] * theta**-exponents
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(states, rotary):
@@ -49,9 +72,27 @@ def rotate(states, rotary):
     Returns:
         `torch.Tensor` of the shape and dtype of `states`.
     """
-    cos, sin = (table.to(states.dtype) for table in rotary)
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = rotary
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin  # rolled: each number's partner
+
+
+def sinusoidal_table(positions, hidden_size, dtype=torch.float32):
+    """Sine and cosine of `position / 10000 ** (2 i / hidden_size)`, side by side (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        positions (`torch.Tensor` of shape `(B or 1, T)`): token positions.
+        hidden_size (`int`): C, even.
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(B or 1, T, C)`.
+    """
+    exponents = torch.arange(0, hidden_size, 2, device=positions.device, dtype=torch.float32) / hidden_size
+    angles = positions[..., None].float() * 10000.0**-exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(dtype)
+
+
+# --- attention
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -75,113 +116,241 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class CalibTransformerAttention(nn.Module):
-    """Grouped-query attention with rotary positions; one matrix makes queries, keys and values."""
+    """What self- and cross-attention share: the heads, and how queries look at keys and values."""
 
-    def __init__(self, config: CalibTransformerConfig, layer_idx: int):
+    def __init__(self, config: CalibTransformerConfig, layer_idx: int, is_causal: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_causal = is_causal
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.head_dim = config.hidden_size // self.num_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, hidden_states, attention_mask, rotary, **kwargs):
-        batch_size, length, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch_size, length, -1, self.head_dim).transpose(1, 2)
-        # (B, H + 2K, T, D): queries and keys lie side by side, so one rotation serves both
-        qk, value = qkv.split((self.num_heads + self.num_key_value_heads, self.num_key_value_heads), dim=1)
-        query, key = rotate(qk, rotary).split((self.num_heads, self.num_key_value_heads), dim=1)
+    def split_heads(self, states):
+        return states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
             self,
             query,  # (B, H, T, D)
-            key,  # (B, K, T, D)
-            value,  # (B, K, T, D)
+            key,  # (B, K, S, D)
+            value,  # (B, K, S, D)
             attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch_size, length, -1)), weights  # (B, T, C), (B, H, T, T) or None
+        return self.o_proj(output.flatten(2)), weights  # (B, T, C), (B, H, T, S) or None
+
+
+class CalibTransformerSelfAttention(CalibTransformerAttention):
+    """Grouped-query attention among the tokens of a sequence; one matrix makes queries, keys and values."""
+
+    def __init__(self, config: CalibTransformerConfig, layer_idx: int, is_causal: bool = False):
+        super().__init__(config, layer_idx, is_causal)
+        qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
+
+    def forward(self, hidden_states, attention_mask, rotary=None, cache=None, **kwargs):
+        heads = self.split_heads(self.qkv_proj(hidden_states))
+        # (B, H + 2K, T, D): queries and keys lie side by side, so one rotation serves both
+        qk, value = heads.split((self.num_heads + self.num_key_value_heads, self.num_key_value_heads), dim=1)
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        query, key = qk.split((self.num_heads, self.num_key_value_heads), dim=1)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # T grows to S, all positions so far
+        return self.attend(query, key, value, attention_mask, **kwargs)
+
+
+class CalibTransformerCrossAttention(CalibTransformerAttention):
+    """The decoder's tokens look at the encoder's states, whose keys and values are computed once and then cached."""
+
+    def __init__(self, config: CalibTransformerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * self.num_key_value_heads * self.head_dim, bias=config.bias)
+
+    def forward(self, hidden_states, encoder_hidden_states, attention_mask, past_key_values=None, **kwargs):
+        query = self.split_heads(self.q_proj(hidden_states))
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            key, value = cached.keys, cached.values
+        else:
+            key, value = self.split_heads(self.kv_proj(encoder_hidden_states)).chunk(2, dim=1)
+            if past_key_values is not None:
+                key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+                past_key_values.is_updated[self.layer_idx] = True
+        return self.attend(query, key, value, attention_mask, **kwargs)
+
+
+# --- layers
 
 
 class CalibTransformerFeedForward(nn.Module):
-    """SwiGLU, `W_down (silu(W_gate x) * W_up x)` (Shazeer 2020, 2002.05202); one matrix holds W_gate and W_up."""
+    """SwiGLU, `W_down (silu(W_gate x) * W_up x)` (Shazeer 2020, 2002.05202), or `W_down relu(W_up x)`.
+
+    One matrix holds W_gate and W_up.
+    """
 
     def __init__(self, config: CalibTransformerConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gated = config.activation == "swiglu"
+        up_size = config.intermediate_size * (2 if self.gated else 1)
+        self.up_proj = nn.Linear(config.hidden_size, up_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden_states):
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        states = self.up_proj(hidden_states)
+        if self.gated:
+            gate, up = states.chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.relu(states))
+
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
 class CalibTransformerLayer(GradientCheckpointingLayer):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """Self-attention, cross-attention in the decoder of an encoder-decoder, feed-forward: each added to its input."""
 
-    def __init__(self, config: CalibTransformerConfig, layer_idx: int):
+    def __init__(
+        self, config: CalibTransformerConfig, layer_idx: int, is_causal: bool = False, has_cross: bool = False
+    ):
         super().__init__()
-        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = CalibTransformerAttention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = CalibTransformerFeedForward(config)
+        self.norm_first = config.norm_first
         self.dropout = nn.Dropout(config.dropout)
+        self.self_attn_norm = make_norm(config)
+        self.self_attn = CalibTransformerSelfAttention(config, layer_idx, is_causal)
+        if has_cross:
+            self.cross_attn_norm = make_norm(config)
+            self.cross_attn = CalibTransformerCrossAttention(config, layer_idx)
+        self.mlp_norm = make_norm(config)
+        self.mlp = CalibTransformerFeedForward(config)
 
-    def forward(self, hidden_states, attention_mask, rotary, **kwargs):
-        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, rotary, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+    def add(self, states, norm, block):
+        """`x + block(norm(x))`, or with the norm last, `norm(x + block(x))`."""
+        if self.norm_first:
+            return states + self.dropout(block(norm(states)))
+        return norm(states + self.dropout(block(states)))
+
+    def forward(
+        self,
+        states,
+        attention_mask,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        rotary=None,
+        past_key_values=None,
+        position_ids=None,
+        **kwargs,
+    ):
+        cross = encoder_hidden_states is not None
+        cache = past_key_values.self_attention_cache if cross and past_key_values is not None else past_key_values
+        states = self.add(
+            states,
+            self.self_attn_norm,
+            lambda x: self.self_attn(x, attention_mask, rotary, cache, position_ids=position_ids, **kwargs)[0],
+        )
+        if cross:
+            states = self.add(
+                states,
+                self.cross_attn_norm,
+                lambda x: self.cross_attn(x, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs)[
+                    0
+                ],
+            )
+        return self.add(states, self.mlp_norm, self.mlp)
+
+
+# --- models
 
 
 class CalibTransformerPreTrainedModel(PreTrainedModel):
     """What all CalibTransformer models share: loading, saving, initial weights and the attention implementations."""
 
     config: CalibTransformerConfig
-    base_model_prefix = "encoder"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CalibTransformerLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": CalibTransformerLayer,
-        "attentions": CalibTransformerAttention,
-    }
 
 
-class CalibTransformerEncoderModel(CalibTransformerPreTrainedModel):
-    """Tokens in, one vector per token out; every token sees every token that is not padding.
+class CalibTransformerStack(CalibTransformerPreTrainedModel):
+    """What encoder and decoder share: tokens are embedded and located, pass through the layers, and are normalised."""
 
-    Args:
-        config (`CalibTransformerConfig`): the sizes.
-    """
-
-    def __init__(self, config: CalibTransformerConfig):
+    def __init__(self, config: CalibTransformerConfig, num_layers: int, **layer_options):
         super().__init__(config)
         # No padding_idx: the mask keeps padding from all that counts, so its row gets no gradient anyway, and a real
         # token that has the id of pad_token_id is not frozen at zero.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(CalibTransformerLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(CalibTransformerLayer(config, i, **layer_options) for i in range(num_layers))
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
+    def embed(self, input_ids, inputs_embeds, attention_mask, past_length=0):
+        """The embedding `(B, T, C)` of the tokens, or the vectors in place of it; refuses shapes that do not fit."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        total = past_length + embeds.shape[1]
+        if isinstance(total, torch.Tensor):  # a static cache counts on the device, where nothing is read
+            return embeds
+        if total > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The sequences have {total} positions; this model accepts at most "
+                f"max_position_embeddings={self.config.max_position_embeddings}. Truncate them."
+            )
+        check_shape("attention_mask", attention_mask, (len(embeds), total), ndim=2)
+        return embeds
+
+    def locate(self, embeds, attention_mask, position_ids, past_length=0):
+        """Bring in the positions: the states that enter the first layer, and the rotary tables or None."""
+        length, size = embeds.shape[1:]
+        sinusoidal = self.config.position_embedding == "sinusoidal"
+        if position_ids is None:
+            if sinusoidal and attention_mask is not None and attention_mask.ndim == 2:  # padding has no position
+                position_ids = (attention_mask.long().cumsum(1)[:, -length:] - 1).clamp(min=0)
+            else:
+                position_ids = past_length + torch.arange(length, device=embeds.device)[None]
+        if sinusoidal:
+            return self.dropout(embeds * size**0.5 + sinusoidal_table(position_ids, size, embeds.dtype)), None
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return self.dropout(embeds), rotary_table(position_ids, head_dim, self.config.rope_theta, embeds.dtype)
+
+
+class CalibTransformerEncoderModel(CalibTransformerStack):
+    """Tokens in, one vector per token out; every token sees every token that is not padding.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes; `num_hidden_layers` is the number of layers.
+    """
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CalibTransformerLayer,
+        "attentions": CalibTransformerSelfAttention,
+    }
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(config, config.num_hidden_layers)
+
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, **kwargs):
         r"""Encode a batch of sequences.
 
         Args:
@@ -189,6 +358,7 @@ class CalibTransformerEncoderModel(CalibTransformerPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for a token, 0 for padding, on any side.
                 `None` means that there is no padding.
             inputs_embeds (`torch.Tensor` of shape `(B, T, C)`, *optional*): vectors in place of `input_ids`.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*): positions. `None` counts the tokens.
             output_hidden_states, output_attentions (`bool`, *optional*): return what each layer computed. Attention
                 weights exist only under `attn_implementation="eager"`.
 
@@ -197,28 +367,394 @@ class CalibTransformerEncoderModel(CalibTransformerPreTrainedModel):
             output of each layer, the last one normalised) and `attentions` (one `(B, H, T, T)` per layer).
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, or T exceeds
-                `max_position_embeddings`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds` are given, T exceeds
+                `max_position_embeddings`, or `attention_mask` has another shape.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self.embed_tokens(input_ids)
-        length = inputs_embeds.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"The sequences have {length} positions; this model accepts at most "
-                f"max_position_embeddings={self.config.max_position_embeddings}. Truncate them."
-            )
-
-        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
-        positions = torch.arange(length, device=inputs_embeds.device)
-        rotary = rotary_table(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta)
-        hidden_states = self.dropout(inputs_embeds)  # (B, T, C)
+        embeds = self.embed(input_ids, inputs_embeds, attention_mask)
+        states, rotary = self.locate(embeds, attention_mask, position_ids)
+        mask = create_bidirectional_mask(self.config, embeds, attention_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, rotary, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+            states = layer(states, mask, rotary=rotary, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(states))
+
+
+class CalibTransformerDecoderModel(CalibTransformerStack):
+    """Tokens in, one vector per token out; every token sees those before it and, in an encoder-decoder, the encoder's.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes. `is_encoder_decoder` says whether there is an encoder to look at;
+            then `decoder_layers` is the number of layers, else `num_hidden_layers`.
+    """
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CalibTransformerLayer,
+        "attentions": CalibTransformerSelfAttention,
+        "cross_attentions": CalibTransformerCrossAttention,
+    }
+
+    def __init__(self, config: CalibTransformerConfig):
+        if not config.is_encoder_decoder:
+            config = with_flags(config, is_encoder_decoder=False, is_decoder=True)
+        num_layers = config.decoder_layers if config.is_encoder_decoder else config.num_hidden_layers
+        super().__init__(config, num_layers, is_causal=True, has_cross=config.is_encoder_decoder)
+
+    def new_cache(self):
+        if self.config.is_encoder_decoder:
+            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        return DynamicCache(config=self.config)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        r"""Run a batch of sequences, or the next tokens of sequences that are in a cache.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): tokens that are not in the
+                cache.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for a token, 0 for padding, on any side,
+                for the tokens in the cache and then the new ones. `None` means that there is no padding.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, C)`, *optional*): vectors in place of `input_ids`.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*): positions. `None` counts the tokens.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, S', C)`, *optional*): what the encoder returned.
+            encoder_attention_mask (`torch.Tensor` of shape `(B, S')`, *optional*): its padding.
+            past_key_values (`Cache`, *optional*): keys and values of the tokens so far; with an encoder an
+                `EncoderDecoderCache`.
+            use_cache (`bool`, *optional*): whether to make a cache where there is none. `None` takes the config's.
+            output_hidden_states, output_attentions (`bool`, *optional*): as in the encoder.
+
+        Returns:
+            `BaseModelOutputWithPastAndCrossAttentions`: `last_hidden_state` `(B, T, C)`, `past_key_values`, and on
+            request `hidden_states`, `attentions` and `cross_attentions`.
+
+        Raises:
+            ValueError: as the encoder, or `encoder_hidden_states` are missing, or given where there is no encoder.
+        """
+        if (encoder_hidden_states is None) == self.config.is_encoder_decoder:
+            raise ValueError(
+                f"encoder_hidden_states: {'missing' if self.config.is_encoder_decoder else 'given'}, but "
+                f"config.is_encoder_decoder={self.config.is_encoder_decoder}."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        cross = isinstance(past_key_values, EncoderDecoderCache)
+        cache = past_key_values.self_attention_cache if cross else past_key_values
+        past_length = 0 if cache is None else cache.get_seq_length()
+
+        embeds = self.embed(input_ids, inputs_embeds, attention_mask, past_length)
+        states, rotary = self.locate(embeds, attention_mask, position_ids, past_length)
+        mask = create_causal_mask(self.config, embeds, attention_mask, cache, position_ids)
+        encoder_mask = None
+        if encoder_hidden_states is not None:
+            encoder_mask = create_bidirectional_mask(
+                self.config, embeds, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            )
+        for layer in self.layers:
+            states = layer(
+                states,
+                mask,
+                encoder_hidden_states,  # by position, so that reentrant checkpointing gives it a gradient
+                encoder_mask,
+                rotary=rotary,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(states), past_key_values=past_key_values
+        )
+
+
+class CalibTransformerModel(CalibTransformerPreTrainedModel):
+    """The encoder reads one sequence; the decoder reads another and looks at what the encoder made of the first.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes of both.
+    """
+
+    _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(with_flags(config, is_encoder_decoder=True, is_decoder=False))
+        self.encoder = CalibTransformerEncoderModel(self.config)
+        self.decoder = CalibTransformerDecoderModel(self.config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, config=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; for `AutoModel`, a stack that was saved alone stays what it is."""
+        if isinstance(config, CalibTransformerConfig) and not config.is_encoder_decoder:
+            stack = CalibTransformerDecoderModel if config.is_decoder else CalibTransformerEncoderModel
+            return stack.from_pretrained(*args, config=config, **kwargs)
+        return super().from_pretrained(*args, config=config, **kwargs)
+
+    def get_input_embeddings(self):
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.encoder.embed_tokens = value
+        if self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = value
+        else:
+            self.decoder.resize_token_embeddings(value.num_embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        decoder_inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        r"""Encode one batch of sequences and decode another.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`, integer in `[0, vocab_size)`): the encoder's tokens.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for a token, 0 for padding, on any side.
+            decoder_input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): the decoder's tokens.
+            decoder_attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): their padding, with a cache also
+                that of the tokens in it.
+            encoder_outputs (`BaseModelOutput` or `tuple`, *optional*): what the encoder returned before, in place of
+                `input_ids`.
+            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the decoder's tokens so far.
+            inputs_embeds, decoder_inputs_embeds (`torch.Tensor` of shape `(B, S or T, C)`, *optional*): vectors in
+                place of tokens.
+            use_cache, output_hidden_states, output_attentions (`bool`, *optional*): as in the decoder.
+
+        Returns:
+            `Seq2SeqModelOutput`: the decoder's `last_hidden_state` `(B, T, C)`, `past_key_values`,
+            `encoder_last_hidden_state` `(B, S, C)`, and what was asked for of both.
+
+        Raises:
+            ValueError: as encoder and decoder.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            decoder_inputs_embeds,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+def with_flags(config, **flags):
+    """The configuration with these values; a copy where they differ, because the caller's is left as it is."""
+    if any(getattr(config, name) != value for name, value in flags.items()):
+        config = copy.deepcopy(config)
+        for name, value in flags.items():
+            setattr(config, name, value)
+    return config
+
+
+def check_shape(name, value, *allowed, ndim=None):
+    """Raises a ValueError unless `value` is None, has one of the allowed shapes, or not `ndim` dimensions."""
+    if isinstance(value, torch.Tensor) and ndim in (None, value.ndim) and tuple(value.shape) not in allowed:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed is {' or '.join(map(str, allowed))}.")
+
+
+# --- models with a head
+
+
+class CalibTransformerForConditionalGeneration(CalibTransformerPreTrainedModel, GenerationMixin):
+    """Encoder, decoder and a language-model head: translates, summarises, answers.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(with_flags(config, is_encoder_decoder=True, is_decoder=False))
+        self.model = CalibTransformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def prepare_decoder_input_ids_from_labels(self, labels):
+        """The labels `(B, T)` one place to the right, after `decoder_start_token_id`; -100 becomes padding."""
+        start = self.config.decoder_start_token_id
+        if start is None:
+            raise ValueError("config.decoder_start_token_id=None: set it, or bos_token_id, or pad_token_id.")
+        shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+        pad = start if self.config.pad_token_id is None else self.config.pad_token_id
+        return shifted.masked_fill(shifted == -100, pad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        decoder_inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        r"""Score every token of the vocabulary as the decoder's next one.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`, integer in `[0, vocab_size)`): the encoder's tokens.
+            labels (`torch.Tensor` of shape `(B, T)`, int64, *optional*): the token that should follow each of the
+                decoder's; -100 does not count. They also make the `decoder_input_ids` where those are not given.
+            num_items_in_batch (`int`, *optional*): labels in the whole accumulated batch; the loss is divided by it.
+            attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values, inputs_embeds,
+                decoder_inputs_embeds, use_cache, output_hidden_states, output_attentions: as in
+                `CalibTransformerModel`. With labels, no cache is made unless asked for.
+
+        Returns:
+            `Seq2SeqLMOutput`: `logits` `(B, T, V)`, `loss` `()` (mean cross-entropy in nats) when there are labels,
+            and what `CalibTransformerModel` returns, but for its `last_hidden_state`.
+
+        Raises:
+            ValueError: as `CalibTransformerModel`, or the labels have another shape.
+        """
+        if labels is not None:
+            use_cache = bool(use_cache)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            past_key_values,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:2]))
+            # shift_labels: the decoder's tokens are shifted already, so the loss must not do it again
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], shift_labels=labels, **kwargs
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+class CalibTransformerForCausalLM(CalibTransformerPreTrainedModel, GenerationMixin):
+    """A decoder that stands alone, and a language-model head: continues a text.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes; `num_hidden_layers` is the number of layers.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(with_flags(config, is_encoder_decoder=False, is_decoder=True))
+        self.model = CalibTransformerDecoderModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        r"""Score every token of the vocabulary as the next one.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): tokens that are not in the
+                cache.
+            labels (`torch.Tensor` of shape `(B, T)`, int64, *optional*): the tokens again; those from the second on
+                are what the one before should have predicted. -100 does not count.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions, or which, to
+                score. 0 scores all.
+            num_items_in_batch (`int`, *optional*): labels in the whole accumulated batch; the loss is divided by it.
+            attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+                output_attentions: as in `CalibTransformerDecoderModel`. With labels, no cache is made unless asked
+                for.
+
+        Returns:
+            `CausalLMOutputWithPast`: `logits` `(B, T, V)`, `loss` `()` (the mean cross-entropy in nats) when there are
+            labels, `past_key_values`, and on request `hidden_states` and `attentions`.
+
+        Raises:
+            ValueError: as `CalibTransformerDecoderModel`, or the labels have another shape.
+        """
+        if labels is not None:
+            use_cache = bool(use_cache)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:2]))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 def mean_over_tokens(hidden_states, attention_mask=None):
@@ -236,11 +772,7 @@ def mean_over_tokens(hidden_states, attention_mask=None):
     """
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    if attention_mask.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; the mean over tokens needs "
-            f"{tuple(hidden_states.shape[:2])}, one entry for each token."
-        )
+    check_shape("attention_mask", attention_mask, tuple(hidden_states.shape[:2]))
     total = (attention_mask.to(hidden_states.dtype)[:, None, :] @ hidden_states).squeeze(1)  # (B, 1, T) @ (B, T, C)
     return total / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -273,8 +805,8 @@ class CalibTransformerForSequenceClassification(CalibTransformerPreTrainedModel)
     """
 
     def __init__(self, config: CalibTransformerConfig):
-        super().__init__(config)
-        self.encoder = CalibTransformerEncoderModel(config)
+        super().__init__(with_flags(config, is_encoder_decoder=False, is_decoder=False))
+        self.model = CalibTransformerEncoderModel(self.config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         # With a bias, so that a calibrator with one (vector, matrix scaling) can be folded into the head
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -282,38 +814,149 @@ class CalibTransformerForSequenceClassification(CalibTransformerPreTrainedModel)
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
+    ):
         r"""Score a batch of sequences.
 
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): tokens.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for a token, 0 for padding, on any side.
-                `None` means that there is no padding.
-            inputs_embeds (`torch.Tensor` of shape `(B, T, C)`, *optional*): vectors in place of `input_ids`.
             labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*): int64 classes, floating targets
                 for regression (`num_labels=1`), or floating 0/1 flags for multi-label; `config.problem_type` decides.
             num_items_in_batch (`int`, *optional*): labels in the whole accumulated batch; the loss is divided by it.
+            attention_mask, inputs_embeds, position_ids, output_hidden_states, output_attentions: as in
+                `CalibTransformerEncoderModel`.
 
         Returns:
             `SequenceClassifierOutput`: `logits` `(B, num_labels)`, `loss` `()` when there are labels, and on request
             `hidden_states` and `attentions`.
 
         Raises:
-            ValueError: as the encoder does, or `attention_mask` does not have the shape of the tokens.
+            ValueError: as `CalibTransformerEncoderModel`, or `attention_mask` or the labels have another shape.
         """
-        outputs = self.encoder(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, position_ids, **kwargs)
         pooled = mean_over_tokens(outputs.last_hidden_state, attention_mask)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
+            check_shape("labels", labels, (len(logits),), (len(logits), 1), tuple(logits.shape))
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
+class CalibTransformerForTokenClassification(CalibTransformerPreTrainedModel):
+    """The encoder and a linear head on every token: one row of logits per token.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes; `num_labels` or `id2label` sets the number of logits.
+    """
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(with_flags(config, is_encoder_decoder=False, is_decoder=False))
+        self.model = CalibTransformerEncoderModel(self.config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, position_ids=None, labels=None, **kwargs
+    ):
+        r"""Score every token of a batch of sequences.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): tokens.
+            labels (`torch.Tensor` of shape `(B, T)`, int64, *optional*): classes; -100 does not count.
+            num_items_in_batch (`int`, *optional*): labels in the whole accumulated batch; the loss is divided by it.
+            attention_mask, inputs_embeds, position_ids, output_hidden_states, output_attentions: as in
+                `CalibTransformerEncoderModel`.
+
+        Returns:
+            `TokenClassifierOutput`: `logits` `(B, T, num_labels)`, `loss` `()` (the mean cross-entropy in nats) when
+            there are labels, and on request `hidden_states` and `attentions`.
+
+        Raises:
+            ValueError: as `CalibTransformerEncoderModel`, or the labels have another shape.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, position_ids, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_shape("labels", labels, tuple(logits.shape[:2]))
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CalibTransformerForQuestionAnswering(CalibTransformerPreTrainedModel):
+    """The encoder and two scores for every token: is it the first, is it the last of the answer.
+
+    Args:
+        config (`CalibTransformerConfig`): the sizes.
+    """
+
+    def __init__(self, config: CalibTransformerConfig):
+        super().__init__(with_flags(config, is_encoder_decoder=False, is_decoder=False))
+        self.model = CalibTransformerEncoderModel(self.config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ):
+        r"""Score every token as the first and as the last one of the answer.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, integer in `[0, vocab_size)`): tokens.
+            start_positions, end_positions (`torch.Tensor` of shape `(B,)`, int64, *optional*): the answer's first and
+                last token. T and more (the answer was cut off) does not count.
+            attention_mask, inputs_embeds, position_ids, output_hidden_states, output_attentions: as in
+                `CalibTransformerEncoderModel`.
+
+        Returns:
+            `QuestionAnsweringModelOutput`: `start_logits` and `end_logits` `(B, T)`, `loss` `()` (the mean of the two
+            cross-entropies over the tokens, in nats) when there are positions, and on request `hidden_states` and
+            `attentions`.
+
+        Raises:
+            ValueError: as `CalibTransformerEncoderModel`, or the positions have another shape.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, position_ids, **kwargs)
+        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+                check_shape(name, positions, (len(start_logits),), (len(start_logits), 1))
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 __all__ = [
+    "CalibTransformerDecoderModel",
     "CalibTransformerEncoderModel",
+    "CalibTransformerForCausalLM",
+    "CalibTransformerForConditionalGeneration",
+    "CalibTransformerForQuestionAnswering",
     "CalibTransformerForSequenceClassification",
+    "CalibTransformerForTokenClassification",
+    "CalibTransformerModel",
     "CalibTransformerPreTrainedModel",
 ]

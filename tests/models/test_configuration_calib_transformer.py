@@ -52,8 +52,11 @@ def test_save_and_load_keep_every_field(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden_size": 30, "num_attention_heads": 4}, r"hidden_size=30 must be a multiple of .*8"),
-        ({"hidden_size": 36, "num_attention_heads": 4}, r"hidden_size=36 must be a multiple of .*8"),  # head_dim 9
+        ({"hidden_size": 30, "num_attention_heads": 4}, r"num_attention_heads=4 must divide hidden_size=30"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 4},
+            r"hidden_size=36 must be .* a multiple of 2 \* num_attention_heads=8",
+        ),  # head_dim 9
         ({"num_attention_heads": 8, "num_key_value_heads": 3}, r"num_key_value_heads=3 must divide .*=8"),
         ({"num_attention_heads": 8, "num_key_value_heads": 16}, r"num_key_value_heads=16 must divide .*=8"),
         ({"vocab_size": 0}, r"vocab_size=0 must be positive"),
@@ -79,3 +82,18 @@ def test_a_value_that_is_not_allowed_is_named(arguments, message):
 def test_a_value_of_the_wrong_type_is_refused():
     with pytest.raises(StrictDataclassFieldValidationError, match="vocab_size"):
         CalibTransformerConfig(vocab_size="many")
+
+
+def test_vanilla_is_the_architecture_of_2017_and_names_its_own_arguments():
+    config = CalibTransformerConfig.vanilla(vocab_size=11, d_model=64, nhead=4, num_layers=3, dropout=0.2)
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 4, 3)
+    assert (config.decoder_layers, config.intermediate_size, config.dropout) == (3, 256, 0.2)
+    assert (config.norm, config.norm_first, config.position_embedding) == ("layernorm", False, "sinusoidal")
+    with pytest.raises(ValueError, match="nhead=5 must divide d_model=64"):
+        CalibTransformerConfig.vanilla(vocab_size=11, d_model=64, nhead=5)
+
+
+@pytest.mark.parametrize("name", ["norm", "position_embedding", "activation"])
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(name):
+    with pytest.raises(ValueError, match=f"{name}='none' must be one of '"):
+        CalibTransformerConfig(**{name: "none"})
