@@ -292,3 +292,29 @@ def test_lora_has_a_default(head):
         {"qkv_proj", "q_proj", "kv_proj"} if model.config.is_encoder_decoder else {"qkv_proj"}
     )
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+LOADS_WITHOUT_HF_CALIB = """
+import json, sys
+sys.modules["hf_calib"] = None  # importing it raises
+from transformers import AutoModelForSeq2SeqLM
+import torch
+request = json.load(sys.stdin)
+model = AutoModelForSeq2SeqLM.from_pretrained(request["path"], trust_remote_code=True)
+tokens = torch.tensor(request["tokens"])
+print(json.dumps(model.generate(tokens, max_new_tokens=5, do_sample=False).tolist()))
+"""
+
+
+def test_a_repository_with_its_code_loads_where_hf_calib_cannot_be_imported(tmp_path, in_new_process):
+    model, tokens = CalibTransformerForConditionalGeneration(tiny_config()).eval(), ids(2, 6)
+    try:
+        CalibTransformerConfig.register_for_auto_class()
+        CalibTransformerForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+        model.save_pretrained(tmp_path / "repo")
+    finally:
+        CalibTransformerConfig._auto_class = None
+        CalibTransformerForConditionalGeneration._auto_class = None
+    request = {"path": str(tmp_path / "repo"), "tokens": tokens.tolist()}
+    expected = model.generate(tokens, max_new_tokens=5, do_sample=False).tolist()
+    assert in_new_process(LOADS_WITHOUT_HF_CALIB, request) == expected
