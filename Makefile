@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 DATA ?=
 NO_DATA = "calibrators.py skipped: make bench DATA=FOLDER, with the files that problems.py names"
+CONSTRAINTS ?= constraints.txt
+TRANSFORMERS = $(shell grep '^transformers==' $(CONSTRAINTS))
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -41,8 +43,6 @@ test-oldest:
 	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> .oldest-constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.oldest-constraints.txt
 
-CONSTRAINTS ?= constraints.txt
-
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
@@ -57,8 +57,13 @@ $(VENV)/.package: $(VENV)/.dependencies $(SOURCES)
 	$(PIP) --no-deps --force-reinstall .
 	touch $@
 
+# With transformers' own tests of models, which are in its source distribution only; tests/models/upstream.py
 $(VENV)/.test: $(VENV)/.dependencies
 	$(PIP) -c $(CONSTRAINTS) '.[test]'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --no-binary transformers \
+		--dest $(VENV)/transformers-tests $(TRANSFORMERS)
+	cd $(VENV)/transformers-tests && tar -xzf $(subst ==,-,$(TRANSFORMERS)).tar.gz
+	touch $(VENV)/transformers-tests/$(subst ==,-,$(TRANSFORMERS))/tests/__init__.py
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
