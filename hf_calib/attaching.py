@@ -144,6 +144,10 @@ def check_not_folded(model: nn.Module) -> None:
 
 def check_same_task(model: nn.Module, calibrator: Calibrator) -> None:
     """Raises a ValueError unless the model's logits mean what the calibrator takes them for."""
+    if generates_text(model):
+        if calibrator.task is not None:
+            raise ValueError(f"calibrator: got task={calibrator.task!r} for a language model; allowed is task=None")
+        return
     problem = getattr(model.config, "problem_type", None)
     if problem == "regression":
         raise ValueError(f"model: got problem_type={problem!r}; allowed is classification")
@@ -157,11 +161,24 @@ def check_same_task(model: nn.Module, calibrator: Calibrator) -> None:
 
 
 def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:
-    """Raises a ValueError unless the calibrator was fitted for the model's labels."""
+    """Raises a ValueError unless the calibrator was fitted for the model's labels, or for its vocabulary."""
+    if generates_text(model):
+        vocab_size = len(model.get_output_embeddings().weight)
+        if calibrator.num_labels != vocab_size:
+            raise ValueError(
+                f"calibrator: it was fitted for {calibrator.num_labels} classes; allowed are the model's {vocab_size} "
+                "tokens"
+            )
+        return
     names = label_names_of(model.config)
     if calibrator.num_labels != len(names) or calibrator.label_names not in (None, names):
         known = calibrator.label_names or f"{calibrator.num_labels} unnamed labels"
         raise ValueError(f"calibrator: it was fitted for {known}; allowed are the model's labels {names}")
+
+
+def generates_text(model: nn.Module) -> bool:
+    """Whether the model's logits are those of the next token."""
+    return bool(getattr(model, "can_generate", bool)())
 
 
 def label_names_of(config: PreTrainedConfig) -> list[str]:
@@ -172,7 +189,7 @@ def label_names_of(config: PreTrainedConfig) -> list[str]:
 def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
     """A copy that knows the model's label names, so that whoever loads it can tell what its columns are."""
     calibrator = copy.deepcopy(calibrator)
-    calibrator.label_names = label_names_of(model.config)
+    calibrator.label_names = None if generates_text(model) else label_names_of(model.config)
     return calibrator
 
 

@@ -121,9 +121,10 @@ class CalibTransformerLinear(nn.Linear):
         ):
             return super().forward(states)
         shape = (*states.shape[:-1], self.out_features)
-        states, blocks = states.reshape(rows, -1), weight.view(num_blocks, -1, self.in_features)
+        states, blocks = states.reshape(rows, self.in_features), weight.view(num_blocks, -1, self.in_features)
         if self.in_features < self.min_columns:
-            output = torch.bmm(blocks, states.t().expand(num_blocks, -1, -1)).view(-1, rows).t().contiguous()
+            output = torch.bmm(blocks, states.t().expand(num_blocks, -1, -1))
+            output = output.view(self.out_features, rows).t().contiguous()
         else:
             output = torch.bmm(states.expand(num_blocks, -1, -1), blocks.transpose(1, 2)).transpose(0, 1)
         output = output.reshape(shape)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -22,6 +23,8 @@ from ..attaching import (
     check_not_folded,
     detach_calibrator,
     forget_folded,
+    generates_text,
+    in_eval_mode,
     is_folded,
     uncalibrated,
 )
@@ -33,6 +36,8 @@ from .arguments import CalibrationTrainingArguments, check_calibrator_name
 
 IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
 SUPPORTED_HEADS = ("ForSequenceClassification", "ForTokenClassification")
+STREAMING = ("temperature",)  # what is fitted on logits that come a batch at a time, at the size of a vocabulary
+NO_LABELLED_ROW = "dataset: got no labelled row; allowed are rows with a label, as in train_dataset"
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
@@ -52,12 +57,12 @@ class CalibrationTrainer(Trainer):
     While it trains, an attached calibrator is suspended, also in the evaluations in between; `evaluate` and `predict`
     outside of `train` see it.
 
-    When to use: for single-label sequence classification or token classification, with any `transformers` model, one
-    of `hf_calib`'s own, or either with PEFT adapters.
+    When to use: for single-label sequence classification, token classification, or a model that generates text, with
+    any `transformers` model, one of `hf_calib`'s own, or either with PEFT adapters.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`, *optional*): with a sequence or token classification
-            head. Pass it or `model_init`.
+            head, a causal language model, or an encoder-decoder that generates. Pass it or `model_init`.
         args (`CalibrationTrainingArguments`, *optional*): as in `Trainer`.
         more, kwargs: everything else that `Trainer` takes, except `compute_loss_func`.
     Raises:
@@ -117,9 +122,9 @@ class CalibrationTrainer(Trainer):
         """
         if inputs.get("labels") is None:
             raise ValueError(f"inputs: got the columns {', '.join(inputs)}; allowed are batches with labels")
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        outputs = model(**self._inputs_of_model(inputs))
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        labels = inputs["labels"].to(logits.device)
+        labels = self._labels_of_logits(inputs["labels"]).to(logits.device)
         if model.training:
             # Made anew each time, because a hyper-parameter search changes args after __init__.
             total = self.args.make_loss()(logits, labels)
@@ -138,6 +143,25 @@ class CalibrationTrainer(Trainer):
             return loss
         # Trainer takes what stands first in a tuple for the loss.
         return loss, (outputs if isinstance(outputs, Mapping) else (loss, *outputs))
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
+        """As `Trainer.get_batch_samples`; of a causal language model, it does not count the first token of a row."""
+        if _predicts_next(self.model):
+            epoch_iterator = map(_without_first_label, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _inputs_of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without its labels; of these, an encoder-decoder needs what its decoder has to continue."""
+        kept = {name: value for name, value in inputs.items() if name != "labels"}
+        model = _base_model(self.model)
+        decodes = generates_text(model) and model.config.is_encoder_decoder
+        if decodes and kept.keys().isdisjoint(("decoder_input_ids", "decoder_inputs_embeds")):
+            kept["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        return kept
+
+    def _labels_of_logits(self, labels: torch.Tensor) -> torch.Tensor:
+        """What each place's logits are for: in a causal language model, the token after it."""
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL) if _predicts_next(self.model) else labels
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kwargs: Any) -> tuple:
         """As `Trainer.prediction_step`; also adds the batch's rows to the exact evaluation loss."""
@@ -187,15 +211,17 @@ class CalibrationTrainer(Trainer):
     def calibrate(self, dataset: Any, *, calibrator: str | None = None) -> Calibrator:
         """Fits a calibrator to the model's predictions on held-out data and attaches it.
 
-        Every process predicts its part; all of them fit on all rows and come to the same calibrator. One that was
-        attached before is suspended meanwhile and then replaced; if anything fails, it stays.
+        Every process predicts its part; all of them fit on all rows and come to the same calibrator. Of a language
+        model, whose logits do not fit into memory, each batch is used and forgotten. One that was attached before is
+        suspended meanwhile and then replaced; if anything fails, it stays.
 
         Args:
             dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): labelled rows as in `train_dataset`, none of
                 them in it: on rows that it was trained on, a model is surer and more often right than on new ones.
                 Rows are compared by their model inputs, without padding. Where that cannot be done, because a dataset
                 is iterable or its rows become inputs in the collator only, it warns.
-            calibrator (`str`, *optional*): a key of `CALIBRATORS` or `"auto"`; None is `args.calibrator`.
+            calibrator (`str`, *optional*): a key of `CALIBRATORS` or `"auto"`; None is `args.calibrator`. Of a
+                language model, one that is fitted on a stream: `"temperature"`.
         Returns:
             `Calibrator`: the fitted one, as it is attached to `self.model`: on its device, with its label names.
         Raises:
@@ -205,13 +231,19 @@ class CalibrationTrainer(Trainer):
         name = self.args.calibrator if calibrator is None else calibrator
         check_calibrator_name(name)
         check_not_folded(_base_model(self.model))
+        streams = generates_text(_base_model(self.model))
+        if streams and name not in STREAMING:
+            raise ValueError(f"calibrator: got {name!r}; allowed for a language model are {', '.join(STREAMING)}")
         self._refuse_seen_rows(dataset)
-        logits, labels = self._predict_logits(dataset)
-        fitted = (
-            select_calibrator(logits, labels, tolerance=PREFER_SINGLE)
-            if name == "auto"
-            else CALIBRATORS[name]().fit(logits, labels)
-        )
+        if streams:
+            fitted = CALIBRATORS[name]().fit_batches(self._logit_batches(dataset))
+        else:
+            logits, labels = self._predict_logits(dataset)
+            fitted = (
+                select_calibrator(logits, labels, tolerance=PREFER_SINGLE)
+                if name == "auto"
+                else CALIBRATORS[name]().fit(logits, labels)
+            )
         if (calibrated := _calibrated_model(self.model)) is not None:
             detach_calibrator(calibrated)
         attach_calibrator(self.model, fitted)
@@ -231,7 +263,7 @@ class CalibrationTrainer(Trainer):
                 setattr(owner, name, value)
             output = self.predict(dataset, metric_key_prefix="calibration")
         if output.predictions is None or output.label_ids is None:
-            raise ValueError("dataset: got no labelled row; allowed are rows with a label, as in train_dataset")
+            raise ValueError(NO_LABELLED_ROW)
         batched = isinstance(output.predictions, list)  # where args.eval_do_concat_batches is False
         pairs = zip(output.predictions, output.label_ids, strict=True) if batched else [output[:2]]
         rows = [(logits[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL]) for logits, labels in pairs]
@@ -239,6 +271,27 @@ class CalibrationTrainer(Trainer):
         if len(labels) == 0:
             raise ValueError(f"dataset: every label is {IGNORED_LABEL}; allowed are rows with a label")
         return torch.from_numpy(logits), torch.from_numpy(labels)
+
+    def _logit_batches(self, dataset: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Raw logits `(n, C)` and labels `(n,)` of this process's rows, a batch at a time."""
+        with uncalibrated(self.model), in_eval_mode(self.model):
+            for inputs in self.get_test_dataloader(dataset):
+                _, predictions, labels = self.prediction_step(self.model, inputs, prediction_loss_only=False)
+                if labels is None:
+                    raise ValueError(
+                        "dataset: got no labelled row; allowed are rows with a label, as in train_dataset"
+                    )
+                rows = slice(self._num_own_rows(len(labels)))
+                logits, labels = _first_output(predictions, labels)[rows], self._labels_of_logits(labels)[rows]
+                kept = labels != IGNORED_LABEL
+                yield logits[kept], labels[kept]
+
+    def _num_own_rows(self, batch_size: int) -> int:
+        """How many rows of this process's batch are not there to fill up the last one."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch_size
+        return max(0, state.remainder - self.accelerator.process_index * batch_size)
 
     def _refuse_ignored_arguments(self) -> None:
         """Raises a ValueError for what `Trainer` takes but this loss would ignore, or get wrong."""
@@ -283,10 +336,12 @@ def _check_model(model: nn.Module) -> None:
     """Raises a ValueError unless the model has a head and a configuration that the loss is right for."""
     model = _base_model(model)
     names = [base.__name__ for base in type(model).__mro__]
+    if isinstance(model, PreTrainedModel) and generates_text(model):
+        return
     if not isinstance(model, PreTrainedModel) or not any(head in name for name in names for head in SUPPORTED_HEADS):
         raise ValueError(
             f"model: got {names[0]}; allowed are transformers models for single-label sequence classification or "
-            f"token classification (a class named ...{' or ...'.join(SUPPORTED_HEADS)})"
+            f"token classification (a class named ...{' or ...'.join(SUPPORTED_HEADS)}), and those that generate text"
         )
     problem = getattr(model.config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
@@ -302,6 +357,19 @@ def _check_model(model: nn.Module) -> None:
 def _base_model(model: nn.Module) -> nn.Module:
     """The `transformers` model inside of PEFT's wrapper, which is told by its method: peft need not be installed."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the logits at a place are for the token after it, which its labels have one place further on."""
+    model = _base_model(model)
+    return generates_text(model) and not model.config.is_encoder_decoder
+
+
+def _without_first_label(batch: Any) -> Any:
+    """The batch, whose first tokens nothing predicts: without a label they do not count, however they are counted."""
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
+        return batch
+    return {**batch, "labels": F.pad(batch["labels"][..., 1:], (1, 0), value=IGNORED_LABEL)}
 
 
 def _calibrated_model(model: nn.Module) -> nn.Module | None:

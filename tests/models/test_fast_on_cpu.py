@@ -4,13 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_calib.models.modeling_calib_transformer import (
     CalibTransformerCacheLayer,
     CalibTransformerLinear,
     CalibTransformerRMSNorm,
+    CrossEntropySum,
+    RMSNormFunction,
+    language_model_loss,
 )
 
 
@@ -20,12 +25,13 @@ def _one_seed():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(32,), (1, 32), (8, 1, 32), (2, 8, 32), (4, 5, 32), (0, 1, 32)])
-@pytest.mark.parametrize("out_features", [12, 13])  # 13 cannot be cut into four blocks
+@pytest.mark.parametrize("shape", [(), (1,), (8, 1), (2, 8), (4, 5), (0, 1)])
+@pytest.mark.parametrize("in_features", [32, 512])
+@pytest.mark.parametrize("out_features", [16, 13])  # 13 cannot be cut into blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_linear_is_linear(shape, bias, out_features, dtype):
-    layer = CalibTransformerLinear(32, out_features, bias=bias).to(dtype)
-    states = torch.randn(shape).to(dtype)
+def test_linear_is_linear(shape, bias, in_features, out_features, dtype):
+    layer = CalibTransformerLinear(in_features, out_features, bias=bias).to(dtype)
+    states = torch.randn(*shape, in_features).to(dtype)
     expected = F.linear(states, layer.weight, layer.bias)
     with torch.no_grad():
         output = layer(states)
@@ -37,7 +43,7 @@ def test_linear_is_linear(shape, bias, out_features, dtype):
 
 def test_few_rows_do_take_the_other_way(monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, states: pytest.fail("torch's way"))
-    layer = CalibTransformerLinear(32, 12)
+    layer = CalibTransformerLinear(32, 16)
     with torch.no_grad():
         layer(torch.randn(16, 32))
         with pytest.raises(pytest.fail.Exception):
@@ -46,16 +52,62 @@ def test_few_rows_do_take_the_other_way(monkeypatch):
         layer(torch.randn(16, 32))
 
 
+def values_and_gradients(function, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    weights = torch.linspace(0.5, 1.5, output.numel()).view_as(output).to(output.dtype)
+    return output, *torch.autograd.grad((weights * output).sum(), inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e15])
 def test_norm_is_norm(dtype, scale):
     layer = CalibTransformerRMSNorm(32, eps=1e-6).to(dtype)
-    torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+    weight = layer.weight.data.uniform_(0.5, 1.5)
     states = (scale * torch.randn(3, 5, 32)).to(dtype)
-    expected = F.rms_norm(states, (32,), layer.weight, 1e-6)
+    expected = values_and_gradients(lambda *xs: F.rms_norm(xs[0], (32,), xs[1], 1e-6), states, weight)
+    found = values_and_gradients(lambda *xs: functional_call(layer, {"weight": xs[1]}, xs[0]), states, weight)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1.6e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(layer(states), expected.detach())
-    assert torch.equal(layer(states), expected)
+        torch.testing.assert_close(layer(states), expected[0].detach())
+
+
+def test_derivatives_of_the_norm():
+    states, weight = torch.randn(3, 5, 8).double().requires_grad_(), torch.rand(8).double().requires_grad_()
+    assert torch.autograd.gradcheck(RMSNormFunction.apply, (states, weight, 1e-6))
+    assert torch.autograd.gradgradcheck(RMSNormFunction.apply, (states, weight, 1e-6))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_loss_is_transformers_loss(scale, num_items, shifted):
+    logits, labels = scale * torch.randn(3, 70, 11), torch.randint(0, 11, (3, 70))
+    labels[0, :9] = labels[2, 1::2] = -100
+    options = {"num_items_in_batch": num_items, "shift_labels": labels.flip(1) if shifted else None}
+    found = values_and_gradients(lambda x: language_model_loss(x, labels, 11, **options), logits)
+    expected = values_and_gradients(lambda x: ForCausalLMLoss(x, labels, 11, **options), logits)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_of_no_label_is_not_a_number_and_of_a_wrong_one_an_error():
+    logits = torch.randn(1, 4, 11)
+    nothing = torch.full((1, 4), -100)
+    assert language_model_loss(logits, nothing, 11).isnan()
+    assert language_model_loss(logits, nothing, 11, num_items_in_batch=3) == 0
+    for label in (11, -1):
+        with pytest.raises((IndexError, RuntimeError)):
+            language_model_loss(logits, torch.full((1, 4), label), 11)
+
+
+def test_derivatives_of_the_loss(monkeypatch):
+    monkeypatch.setattr(CrossEntropySum, "block_size", 4)
+    logits, labels = torch.randn(9, 11).double().requires_grad_(), torch.randint(0, 11, (9,))
+    labels[2] = -100
+    assert torch.autograd.gradcheck(CrossEntropySum.apply, (logits, labels, -100))
+    assert torch.autograd.gradgradcheck(CrossEntropySum.apply, (logits, labels, -100))
 
 
 def both_caches():

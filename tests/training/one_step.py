@@ -7,8 +7,17 @@ import json
 import sys
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
+from hf_calib import CalibTransformerConfig, CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration
 from hf_calib.losses import LOSSES
 from hf_calib.training import CalibrationTrainer, CalibrationTrainingArguments
 
@@ -32,6 +41,55 @@ def tiny_model(kind, **config):
         **{"num_labels": NUM_LABELS, **config},
     )
     return MODELS[kind](config)
+
+
+def tiny_language_model(kind):
+    torch.manual_seed(0)
+    common = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "initializer_range": 0.3}
+        return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes, **common))
+    if kind == "bart":
+        sizes = {"d_model": 16, "max_position_embeddings": 16, "init_std": 0.3, "dropout": 0.0}
+        for side in ("encoder", "decoder"):
+            sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+        return BartForConditionalGeneration(BartConfig(**sizes, **common))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.3}
+    config = CalibTransformerConfig(dropout=0.0, max_position_embeddings=16, **sizes, **common)
+    return LANGUAGE_MODELS[kind](config)
+
+
+LANGUAGE_MODELS = {
+    "gpt2": GPT2LMHeadModel,
+    "bart": BartForConditionalGeneration,
+    "causal": CalibTransformerForCausalLM,
+    "seq2seq": CalibTransformerForConditionalGeneration,
+}
+
+
+def language_rows(count, seed=0):
+    """Padded rows whose labels are their own tokens, with some left out; in some rows the first token is one."""
+    rows, generator = tiny_rows("token", count, seed=seed), torch.Generator().manual_seed(seed)
+    for index, row in enumerate(rows):
+        ignored = (torch.rand(LENGTH, generator=generator) < 0.2) | (row["attention_mask"] == 0)
+        ignored[0] = index % 3 == 0
+        row["labels"] = row["input_ids"].masked_fill(ignored, -100)
+    return rows
+
+
+def held_out_language_rows(kind, count):
+    """Rows with labels drawn from the model's probabilities at temperature 2; a decoder reads `input_ids` too."""
+    rows, generator = language_rows(count, seed=1), torch.Generator().manual_seed(2)
+    model = tiny_language_model(kind).eval()
+    for row in rows:
+        decoder = {"decoder_input_ids": row["input_ids"]} if model.config.is_encoder_decoder else {}
+        inputs = {name: row[name][None] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            logits = model(**inputs, **{name: ids[None] for name, ids in decoder.items()}).logits[0]
+        drawn = torch.multinomial((logits / 2).softmax(-1), 1, generator=generator)[:, 0]
+        drawn = drawn if decoder else drawn.roll(1)  # a decoder alone predicts the label after its place
+        row.update(decoder, labels=torch.where(row["labels"] == -100, -100, drawn))
+    return rows
 
 
 def tiny_rows(kind, count, seed=0):
@@ -81,8 +139,11 @@ def make_trainer(kind, output_dir, *, model=None, trainer=None, **arguments):
             **arguments,
         },
     )
-    model = tiny_model(kind) if model is None else model
-    return CalibrationTrainer(model, args, **{"train_dataset": tiny_rows(kind, 16), **(trainer or {})})
+    if kind in LANGUAGE_MODELS:
+        model, rows = tiny_language_model(kind) if model is None else model, language_rows(16)
+    else:
+        model, rows = tiny_model(kind) if model is None else model, tiny_rows(kind, 16)
+    return CalibrationTrainer(model, args, **{"train_dataset": rows, **(trainer or {})})
 
 
 def one_step(kind, output_dir, **arguments):
@@ -107,6 +168,13 @@ def measure(output_dir, per_device):
             "rows": calibrator.provenance["rows"],
             "loss": trainer.evaluate(rows)["eval_loss"],
         }
+    for kind in LANGUAGE_MODELS:
+        found[kind] = one_step(kind, output_dir, per_device_train_batch_size=per_device)
+        trainer = make_trainer(kind, output_dir)
+        rows = held_out_language_rows(kind, 29)
+        found[f"{kind} evaluation"] = {"loss": trainer.evaluate(rows)["eval_loss"]}
+        calibrator = trainer.calibrate(rows)
+        found[f"{kind} calibration"] = {"temperature": float(calibrator.temperature), **calibrator.provenance}
     return found
 
 
