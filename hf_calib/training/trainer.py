@@ -31,6 +31,8 @@ from ..attaching import (
 from ..calibrators import CALIBRATORS, Calibrator, select_calibrator
 from ..calibrators.selection import PREFER_SINGLE
 from ..functional.losses import cross_entropy_loss
+from ..metrics import MetricCollection
+from ..metrics.distributed import sum_over_processes
 from .arguments import CalibrationTrainingArguments, check_calibrator_name
 
 
@@ -38,6 +40,7 @@ IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
 SUPPORTED_HEADS = ("ForSequenceClassification", "ForTokenClassification")
 STREAMING = ("temperature",)  # what is fitted on logits that come a batch at a time, at the size of a vocabulary
 NO_LABELLED_ROW = "dataset: got no labelled row; allowed are rows with a label, as in train_dataset"
+EVALUATION_METRICS = ("ece", "brier")
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
@@ -52,7 +55,8 @@ class CalibrationTrainer(Trainer):
 
     The evaluation loss is the mean negative log-likelihood, whatever the training loss, so that runs with different
     losses compare, and `metric_for_best_model="loss"` selects by a proper score. It is exact: rows that a last, uneven
-    batch repeats do not count, every token weighs the same, and a NaN is shown, not left out.
+    batch repeats do not count, every token weighs the same, and a NaN is shown, not left out. Beside it stand `ece`
+    and `brier` of the same rows, from sums: no logits are kept or gathered for them.
 
     While it trains, an attached calibrator is suspended, also in the evaluations in between; `evaluate` and `predict`
     outside of `train` see it.
@@ -92,8 +96,8 @@ class CalibrationTrainer(Trainer):
         self._refuse_ignored_arguments()
         # Only with this does Trainer count the labels of a step. It is about the model's own loss, which is not used.
         self.model_accepts_loss_kwargs = True
-        self._row_nll: torch.Tensor | None = None
-        self._nll_totals = torch.zeros(2, dtype=torch.float64)
+        self._evaluated: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # logits, labels, their losses
+        self._start_evaluation()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As `Trainer.call_model_init`; refuses what `CalibrationTrainer` refuses."""
@@ -130,9 +134,7 @@ class CalibrationTrainer(Trainer):
             total = self.args.make_loss()(logits, labels)
         else:
             losses = cross_entropy_loss(logits, labels, reduction="none")
-            kept = labels != IGNORED_LABEL
-            rows = (losses, kept.to(losses.dtype))
-            self._row_nll = torch.stack([values.reshape(len(values), -1).sum(1) for values in rows], dim=1)
+            self._evaluated = logits, labels, losses
             total = losses.sum()
         items = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(items, device=logits.device).clamp(min=1)
@@ -164,14 +166,23 @@ class CalibrationTrainer(Trainer):
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL) if _predicts_next(self.model) else labels
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kwargs: Any) -> tuple:
-        """As `Trainer.prediction_step`; also adds the batch's rows to the exact evaluation loss."""
-        self._row_nll = None
+        """As `Trainer.prediction_step`; also adds the batch's rows to the exact evaluation loss and the metrics."""
+        self._evaluated = None
         result = super().prediction_step(model, inputs, *more, **kwargs)
-        if self._row_nll is not None:
-            # The function that gathers predictions: it drops the rows that only fill up the last batch.
-            rows = self.accelerator.gather_for_metrics(self._row_nll)
-            self._nll_totals += rows.cpu().double().sum(0)
+        if self._evaluated is not None:
+            self._add_evaluated(*(values[: self._num_own_rows(len(values))] for values in self._evaluated))
+            self._evaluated = None
         return result
+
+    def _start_evaluation(self) -> None:
+        self._nll_sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the labels that count
+        self._metrics = MetricCollection(EVALUATION_METRICS)
+
+    def _add_evaluated(self, logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> None:
+        kept = labels != IGNORED_LABEL
+        self._nll_sums += torch.stack([losses.double().sum(), kept.sum()]).cpu()
+        if kept.any() and not self._nll_sums[0].isnan():
+            self._metrics.update(logits[kept].float().softmax(-1), labels[kept])
 
     def evaluation_loop(
         self,
@@ -181,12 +192,15 @@ class CalibrationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, with the exact mean negative log-likelihood as the loss."""
-        self._nll_totals = torch.zeros(2, dtype=torch.float64)
+        """As `Trainer.evaluation_loop`, with the exact mean negative log-likelihood as the loss, and the metrics."""
+        self._start_evaluation()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total, count = self._nll_totals.tolist()
+        _, (total, count) = sum_over_processes(0, self._nll_sums)
         if count > 0:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+            output.metrics[f"{metric_key_prefix}_loss"] = float(total / count)
+            found = {} if total.isnan() else self._metrics.all_reduce().compute()
+            for name in EVALUATION_METRICS:
+                output.metrics.setdefault(f"{metric_key_prefix}_{name}", float(found.get(name, torch.nan)))
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:

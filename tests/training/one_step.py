@@ -152,6 +152,10 @@ def one_step(kind, output_dir, **arguments):
     return {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
 
 
+def scores(metrics):
+    return {name: metrics[f"eval_{name}"] for name in ("loss", "ece", "brier")}
+
+
 def measure(output_dir, per_device):
     """One step of 16 rows, an evaluation with an uneven last batch, and a calibration."""
     found = {}
@@ -161,7 +165,7 @@ def measure(output_dir, per_device):
             found[f"{kind} {loss}"] = one_step(kind, output_dir, **arguments)
         trainer = make_trainer(kind, output_dir)
         rows = held_out_rows(kind, 29)  # 4 batches of 4 on each of two processes, the last one uneven
-        found[f"{kind} evaluation"] = {"loss": trainer.evaluate(rows)["eval_loss"]}
+        found[f"{kind} evaluation"] = scores(trainer.evaluate(rows))
         calibrator = trainer.calibrate(rows)
         found[f"{kind} calibration"] = {
             "temperature": float(calibrator.temperature),
@@ -172,7 +176,7 @@ def measure(output_dir, per_device):
         found[kind] = one_step(kind, output_dir, per_device_train_batch_size=per_device)
         trainer = make_trainer(kind, output_dir)
         rows = held_out_language_rows(kind, 29)
-        found[f"{kind} evaluation"] = {"loss": trainer.evaluate(rows)["eval_loss"]}
+        found[f"{kind} evaluation"] = scores(trainer.evaluate(rows))
         calibrator = trainer.calibrate(rows)
         found[f"{kind} calibration"] = {"temperature": float(calibrator.temperature), **calibrator.provenance}
     return found

@@ -22,6 +22,7 @@ import hf_calib.functional.losses as functional
 from hf_calib.attaching import attach_calibrator, attached_calibrator, uncalibrated
 from hf_calib.calibrators import CALIBRATORS, TemperatureScaling
 from hf_calib.folding import fold_calibrator
+from hf_calib.functional import brier_score, expected_calibration_error
 from hf_calib.hub import load_calibrated
 from hf_calib.losses import LOSSES
 from hf_calib.models.configuration_calib_transformer import CalibTransformerConfig
@@ -47,6 +48,13 @@ def assert_equal_steps(found, expected, tolerance=1e-5):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=tolerance), key
+
+
+def assert_exact_metrics(found, logits, labels, prefix="eval"):
+    kept = labels != -100
+    probs, labels = logits[kept].softmax(-1), labels[kept]
+    assert found[f"{prefix}_ece"] == pytest.approx(expected_calibration_error(probs, labels).item(), rel=1e-6)
+    assert found[f"{prefix}_brier"] == pytest.approx(brier_score(probs, labels).item(), rel=1e-6)
 
 
 # ---- one step ----
@@ -207,8 +215,10 @@ def test_losses_of_tokens_are_the_nll(kind, tmp_path):
     expected = mean_nll(*language_logits(tiny.tiny_language_model(kind), collate(tiny.language_rows(16))))
     assert tiny.one_step(kind, tmp_path)["loss"] == pytest.approx(expected, rel=1e-5)
     rows = tiny.language_rows(13, seed=1)
-    expected = mean_nll(*language_logits(tiny.tiny_language_model(kind), collate(rows)))
-    assert tiny.make_trainer(kind, tmp_path).evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    logits, labels = language_logits(tiny.tiny_language_model(kind), collate(rows))
+    found = tiny.make_trainer(kind, tmp_path).evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(mean_nll(logits, labels), rel=1e-6)
+    assert_exact_metrics(found, logits, labels)
 
 
 @every_language_model
@@ -249,7 +259,9 @@ def test_eval_loss_is_the_exact_nll(kind, loss, tmp_path):
     trainer = tiny.make_trainer(kind, tmp_path, calibration_loss=loss)
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
-    assert trainer.evaluate({"a": rows})["eval_a_loss"] == pytest.approx(expected, rel=1e-6)
+    found = trainer.evaluate({"a": rows})
+    assert found["eval_a_loss"] == pytest.approx(expected, rel=1e-6)
+    assert_exact_metrics(found, logits, batch["labels"], prefix="eval_a")
 
 
 def test_eval_loss_shows_nan(tmp_path):
@@ -257,7 +269,8 @@ def test_eval_loss_shows_nan(tmp_path):
     rows = tiny.tiny_rows("sequence", 9, seed=1)
     with torch.no_grad():
         trainer.model.bert.embeddings.word_embeddings.weight[int(rows[8]["input_ids"][0])] = torch.nan
-    assert np.isnan(trainer.evaluate(rows)["eval_loss"])
+    found = trainer.evaluate(rows)
+    assert np.isnan([found["eval_loss"], found["eval_ece"], found["eval_brier"]]).all()
 
 
 @every_kind
