@@ -98,7 +98,7 @@ def sinusoidal_table(positions, hidden_size, dtype=torch.float32):
 
 def is_plain_cpu(states, weight):
     """Whether both lie on a CPU in float32 and nothing is being compiled: where torch itself leaves time lying."""
-    return states.is_cpu and states.dtype == weight.dtype == torch.float32 and not is_compiling()
+    return not is_compiling() and states.is_cpu and states.dtype == weight.dtype == torch.float32
 
 
 class CalibTransformerLinear(nn.Linear):
@@ -112,13 +112,10 @@ class CalibTransformerLinear(nn.Linear):
 
     def forward(self, states):
         weight, bias, num_blocks = self.weight, self.bias, self.num_blocks
+        if torch.is_grad_enabled() or not is_plain_cpu(states, weight) or self.out_features % num_blocks:
+            return super().forward(states)
         rows = states.numel() // self.in_features
-        if (
-            rows > self.max_rows
-            or torch.is_grad_enabled()
-            or not is_plain_cpu(states, weight)
-            or self.out_features % num_blocks
-        ):
+        if rows > self.max_rows:
             return super().forward(states)
         shape = (*states.shape[:-1], self.out_features)
         states, blocks = states.reshape(rows, self.in_features), weight.view(num_blocks, -1, self.in_features)
@@ -454,7 +451,7 @@ class CalibTransformerStack(CalibTransformerPreTrainedModel):
                 f"The sequences have {total} positions; this model accepts at most "
                 f"max_position_embeddings={self.config.max_position_embeddings}. Truncate them."
             )
-        check_shape("attention_mask", attention_mask, (len(embeds), total), ndim=2)
+        check_shape("attention_mask", attention_mask, (embeds.shape[0], total), ndim=2)
         return embeds
 
     def locate(self, embeds, attention_mask, position_ids, past_length=0):
@@ -1010,7 +1007,7 @@ class CalibTransformerForSequenceClassification(CalibTransformerPreTrainedModel)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (len(logits),), (len(logits), 1), tuple(logits.shape))
+            check_shape("labels", labels, (logits.shape[0],), (logits.shape[0], 1), tuple(logits.shape))
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -1109,7 +1106,7 @@ class CalibTransformerForQuestionAnswering(CalibTransformerPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
-                check_shape(name, positions, (len(start_logits),), (len(start_logits), 1))
+                check_shape(name, positions, (start_logits.shape[0],), (start_logits.shape[0], 1))
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
