@@ -30,6 +30,7 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test $(VENV)/.package
 	$(BIN)/python examples/benchmarks/speed.py
 	$(BIN)/python examples/benchmarks/stream.py
+	$(BIN)/python examples/benchmarks/transformer.py
 	$(BIN)/python examples/benchmarks/demo.py
 	$(if $(DATA),$(BIN)/python examples/benchmarks/text_logits.py --data $(DATA),@echo $(NO_DATA))
 	$(if $(DATA),$(BIN)/python examples/benchmarks/calibrators.py --data $(DATA))
@@ -37,6 +38,8 @@ bench: $(VENV)/.test $(VENV)/.package
 
 examples: $(VENV)/.test $(VENV)/.package
 	$(BIN)/python examples/calibrate_logits.py
+	$(BIN)/python examples/train_from_text.py
+	$(BIN)/python examples/train_from_text.py --decoder-only
 
 test-oldest:
 	sed -e '/^transformers==/d' constraints.txt > .oldest-constraints.txt

@@ -4,7 +4,7 @@ A line of the file is a source and a target with a tab between them, or one text
 target. An encoder-decoder reads the source and writes the target; a decoder alone continues the line. Without a file,
 the lines are functions and what their docstrings say of them, from the packages that are installed here.
 
-    python examples/train_from_text.py                           # two to three minutes on two cores
+    python examples/train_from_text.py                           # some three minutes on two cores
     python examples/train_from_text.py train.txt --decoder-only
     python examples/train_from_text.py train.txt --output my-model --epochs 20 --hidden-size 256 --layers 4
 """
@@ -149,9 +149,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4000)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--epochs", type=float, default=8)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-lines", type=int, default=12_000, help="as many, drawn at random")
+    parser.add_argument("--max-lines", type=int, default=6_000, help="so many, drawn at random")
     options = parser.parse_args()
     if options.text is not None and not options.text.is_file():
         parser.error(f"text: got {str(options.text)!r}; allowed is a text file")
@@ -165,7 +165,9 @@ def read_lines(options: argparse.Namespace) -> list[str]:
     else:
         lines = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < LEAST_LINES:
-        raise SystemExit(f"text: got {len(lines)} lines that are not empty; allowed are {LEAST_LINES} and more")
+        raise SystemExit(
+            f"text: number of lines that are not empty: got {len(lines)}; allowed are {LEAST_LINES} and more"
+        )
     random.Random(0).shuffle(lines)
     return lines[: options.max_lines]
 

@@ -70,6 +70,22 @@ def calibrators_table() -> str:
     return _table(lines) + note + f"{_made_by('calibrators', record)}."
 
 
+def transformer_table() -> str:
+    """Speed and memory of every encoder-decoder, beside the best of the peers."""
+    record = json.loads((HERE / "results" / "transformer.json").read_text())
+    lengths = list(next(iter(record["models"].values()))["generated_tokens_per_second"])
+    head = ["Model", "Parameters", "Training, tokens/s", "of the peak", "Memory, MB", "with checkpointing"]
+    lines = [[*head, *(f"{length} new tokens, tokens/s" for length in lengths)]]
+    lines.append([":---", *["---:"] * (len(lines[0]) - 1)])
+    for name, found in record["models"].items():
+        memory = (f"{found[key]:.0f}" for key in ("training_megabytes", "training_megabytes_with_checkpointing"))
+        speed = (f"{found['generated_tokens_per_second'][length]:.0f}" for length in lengths)
+        training = [f"{found['training_tokens_per_second']:.0f}", f"{found['share_of_peak']:.0%}"]
+        lines.append([name, f"{found['parameters'] / 1e6:.2f} M", *training, *memory, *speed])
+    note = f"{_made_by('transformer', record)}: {record['what']}. Medians of interleaved rounds on "
+    return _table(lines) + note + f"{record['machine']['threads']} threads; memory beyond that of the imports."
+
+
 def _table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
@@ -79,7 +95,13 @@ def _made_by(name: str, record: dict) -> str:
     return f"Made by [{name}.py](examples/benchmarks/{name}.py) with {versions}"
 
 
-TABLES = {"calibrators": calibrators_table, "demo": demo_table, "speed": speed_table, "stream": stream_table}
+TABLES = {
+    "calibrators": calibrators_table,
+    "demo": demo_table,
+    "speed": speed_table,
+    "stream": stream_table,
+    "transformer": transformer_table,
+}
 
 
 def render(text: str) -> str:

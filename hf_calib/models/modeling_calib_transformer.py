@@ -163,6 +163,29 @@ class CalibTransformerRMSNorm(nn.RMSNorm):
         return (states * inverse_rms(states, self.eps)).mul_(self.weight)
 
 
+class SwiGLUFunction(torch.autograd.Function):
+    """`silu(gate) * up` of the two halves of the last dimension; backward keeps these halves and nothing else."""
+
+    @staticmethod
+    def forward(ctx, states):
+        ctx.save_for_backward(states)
+        gate, up = states.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (states,) = ctx.saved_tensors
+        gate, up = states.chunk(2, dim=-1)
+        if torch.is_grad_enabled():  # for a second derivative
+            sigmoid = gate.sigmoid()
+            return torch.cat((grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid), dim=-1)
+        gradient = torch.empty_like(states)
+        of_gate, of_up = gradient.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=of_up)
+        of_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return gradient
+
+
 class CrossEntropySum(torch.autograd.Function):
     """Sum of `logsumexp(z) - z_y` over rows, block by block: the vocabulary's size times the rows, in cache.
 
@@ -342,6 +365,8 @@ class CalibTransformerFeedForward(nn.Module):
 
     def forward(self, hidden_states):
         states = self.up_proj(hidden_states)
+        if self.gated and is_plain_cpu(states, states):
+            return self.down_proj(SwiGLUFunction.apply(states))
         if self.gated:
             gate, up = states.chunk(2, dim=-1)
             return self.down_proj(F.silu(gate) * up)

@@ -15,6 +15,7 @@ from hf_calib.models.modeling_calib_transformer import (
     CalibTransformerRMSNorm,
     CrossEntropySum,
     RMSNormFunction,
+    SwiGLUFunction,
     language_model_loss,
 )
 
@@ -77,6 +78,17 @@ def test_derivatives_of_the_norm():
     states, weight = torch.randn(3, 5, 8).double().requires_grad_(), torch.rand(8).double().requires_grad_()
     assert torch.autograd.gradcheck(RMSNormFunction.apply, (states, weight, 1e-6))
     assert torch.autograd.gradgradcheck(RMSNormFunction.apply, (states, weight, 1e-6))
+
+
+def test_swiglu_is_swiglu():
+    states = 4 * torch.randn(3, 5, 16)
+    found = values_and_gradients(SwiGLUFunction.apply, states)
+    expected = values_and_gradients(lambda x: F.silu(x[..., :8]) * x[..., 8:], states)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    states = states.double().requires_grad_()
+    assert torch.autograd.gradcheck(SwiGLUFunction.apply, (states,))
+    assert torch.autograd.gradgradcheck(SwiGLUFunction.apply, (states,))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
