@@ -165,9 +165,7 @@ def read_lines(options: argparse.Namespace) -> list[str]:
     else:
         lines = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < LEAST_LINES:
-        raise SystemExit(
-            f"text: number of lines that are not empty: got {len(lines)}; allowed are {LEAST_LINES} and more"
-        )
+        raise SystemExit(f"text: got {len(lines)} lines with text; allowed are {LEAST_LINES} and more")
     random.Random(0).shuffle(lines)
     return lines[: options.max_lines]
 

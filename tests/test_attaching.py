@@ -5,9 +5,16 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    pipeline,
+)
 
 from hf_calib import (
+    AutoCalibrator,
     IsotonicCalibration,
     TemperatureScaling,
     attach_calibrator,
@@ -318,3 +325,42 @@ def test_a_calibrator_is_not_folded_into_adapters(classifier, adapted, temperatu
 
 def test_a_fresh_model_of_the_same_config_is_not_attached(attached, calibrator):
     attach_calibrator(BertForSequenceClassification(attached.config), calibrator)
+
+
+# -- models that generate text
+
+
+@pytest.fixture
+def language_model():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "initializer_range": 0.5}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)).eval()
+
+
+def fitted_temperature(num_labels):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(300, num_labels, generator=generator)
+    return TemperatureScaling().fit(logits, torch.multinomial((logits / 2).softmax(-1), 1, generator=generator)[:, 0])
+
+
+def test_generation_is_calibrated(language_model, tmp_path):
+    prompt, calibrator = torch.tensor([[5, 6, 7]]), fitted_temperature(50)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    raw = language_model.generate(prompt, **options)
+    attach_calibrator(language_model, calibrator)
+    calibrated = language_model.generate(prompt, **options)
+    assert torch.equal(calibrated.sequences, raw.sequences)
+    for ours, theirs in zip(calibrated.logits, raw.logits, strict=True):
+        torch.testing.assert_close(ours, calibrator(theirs))
+
+    language_model.save_pretrained(tmp_path)
+    loaded = AutoCalibrator.from_pretrained(tmp_path)
+    assert (loaded.num_labels, loaded.label_names) == (50, None)
+    assert torch.equal(loaded.temperature, calibrator.temperature)
+
+
+@pytest.mark.parametrize("num_labels", [2, 49])  # 2 is what a config says of labels that a language model has not
+def test_a_calibrator_of_another_vocabulary_is_refused(num_labels, language_model):
+    message = f"calibrator: it was fitted for {num_labels} classes; allowed are the model's 50 tokens"
+    with pytest.raises(ValueError, match=message):
+        attach_calibrator(language_model, fitted_temperature(num_labels))

@@ -64,6 +64,4 @@ def test_a_text_that_is_not_there_or_too_short_is_one_line(tmp_path):
     (tmp_path / "short.txt").write_text("one line\n")
     result = run(EXAMPLES / "train_from_text.py", tmp_path / "short.txt")
     assert result.returncode == 1
-    assert (
-        result.stderr.splitlines()[-1] == "text: number of lines that are not empty: got 1; allowed are 100 and more"
-    )
+    assert result.stderr.splitlines()[-1] == "text: got 1 lines with text; allowed are 100 and more"
