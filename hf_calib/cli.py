@@ -104,7 +104,8 @@ def fit(
     with _bars_on_a_terminal():
         save_calibrated(classifier, output, processing_class=tokenizer, report=report)
     console.print(f"Saved {output}, calibrator {applied}. To use it:", markup=False, highlight=False)
-    console.print(usage(str(output), applied, is_stock(classifier)), markup=False, soft_wrap=True)
+    code = usage(str(output), applied, "text-classification", is_stock(classifier))
+    console.print(code, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -265,7 +266,7 @@ def _load_model(model: str) -> tuple[Any, Any]:
     """The classifier, calibrated if it was saved so, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from .hub import check_head, load_calibrated
+    from .hub import auto_class_of, load_calibrated
 
     _check_exists("model", model)
     if (Path(model) / "adapter_config.json").is_file():
@@ -276,8 +277,8 @@ def _load_model(model: str) -> tuple[Any, Any]:
         try:
             classifier = load_calibrated(model)
         except FileNotFoundError:
-            check_head("model", AutoConfig.from_pretrained(model))
-            classifier = AutoModelForSequenceClassification.from_pretrained(model)
+            allowed = (AutoModelForSequenceClassification,)
+            classifier = auto_class_of("model", AutoConfig.from_pretrained(model), allowed).from_pretrained(model)
         return classifier.eval(), AutoTokenizer.from_pretrained(model)
 
 

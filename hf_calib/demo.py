@@ -210,7 +210,7 @@ def prove(
     Raises:
         RuntimeError: the scores of the saved folder are not the calibrated ones.
     """
-    code = usage(str(folder.resolve()), applied, stock=False)
+    code = usage(str(folder.resolve()), applied, "text-classification", stock=False)
     scores = "import json, sys\nprint(json.dumps(classifier(json.load(sys.stdin), top_k=None)))"
     command = [sys.executable, "-c", f"{code}\n{scores}"]
     result = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
@@ -228,7 +228,8 @@ def prove(
     console.print(
         f"   All {len(texts)} x {len(names)} scores are the calibrated ones, to {deviation:.0e}. The lines it ran:"
     )
-    lines = "\n".join("     " + line for line in usage(str(folder), applied, stock=False).splitlines())
+    code = usage(str(folder), applied, "text-classification", stock=False)
+    lines = "\n".join("     " + line for line in code.splitlines())
     console.print(lines, markup=False, soft_wrap=True)
 
 

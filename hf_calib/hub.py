@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .attaching import (
     FOLDED_KEY,
@@ -25,7 +37,15 @@ from .models import CalibTransformerConfig
 from .report import CalibrationReport
 
 
-HEAD = "ForSequenceClassification"
+# The Auto class that loads a head with logits, and what the Hub calls its task
+TASKS = {
+    AutoModelForSequenceClassification: "text-classification",
+    AutoModelForTokenClassification: "token-classification",
+    AutoModelForImageClassification: "image-classification",
+    AutoModelForAudioClassification: "audio-classification",
+    AutoModelForCausalLM: "text-generation",
+    AutoModelForSeq2SeqLM: "text2text-generation",
+}
 
 
 def save_calibrated(
@@ -94,7 +114,10 @@ def push_calibrated(
 def load_calibrated(
     path_or_repo_id: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Loads a text classifier and applies its calibrator exactly once: attached, or already in the weights.
+    """Loads a model and applies its calibrator exactly once: attached, or already in the weights.
+
+    The Auto class is that of the head in the config: a classifier of texts, tokens, images or sounds, or a model that
+    generates text.
 
     Args:
         path_or_repo_id (`str` or `Path`): what `save_calibrated`, `push_calibrated`, or a calibrated model's own
@@ -113,8 +136,8 @@ def load_calibrated(
     record, calibrator = read_record(folder), load_calibrator(folder)
     hub = {"revision": revision, "token": token}
     code = {key: options[key] for key in ("trust_remote_code",) if key in options}
-    check_head(str(path_or_repo_id), AutoConfig.from_pretrained(path_or_repo_id, **hub, **code))
-    model = AutoModelForSequenceClassification.from_pretrained(path_or_repo_id, **hub, **options)
+    auto_class = auto_class_of(str(path_or_repo_id), AutoConfig.from_pretrained(path_or_repo_id, **hub, **code))
+    model = auto_class.from_pretrained(path_or_repo_id, **hub, **options)
     saved, present = record.get("weights"), weights_sha256(folder)
     if None not in (saved, present) and saved != present:
         warnings.warn(
@@ -138,14 +161,22 @@ def load_calibrated(
     )
 
 
-def check_head(name: str, config: PreTrainedConfig) -> None:
-    """Raises a ValueError unless a checkpoint has a sequence classification head; transformers would make one up."""
+def auto_class_of(name: str, config: PreTrainedConfig, allowed: Iterable[type] = TASKS) -> type:
+    """The Auto class that loads a checkpoint's own head; a ValueError where there is none, or none with logits.
+
+    transformers would load any checkpoint with any head, and make one up where the weights have another.
+    """
     architecture = (config.architectures or ["model without a head"])[0]
-    if not architecture.endswith(HEAD):
-        raise ValueError(
-            f"{name}: got a {architecture}; allowed are ...{HEAD}. On any other, attach_calibrator(model, "
-            "AutoCalibrator.from_pretrained(path))"
-        )
+    for auto_class in allowed:
+        known = auto_class._model_mapping.get(type(config), ())
+        names = {model.__name__ for model in (known if isinstance(known, tuple) else (known,))}
+        remote = (getattr(config, "auto_map", None) or {}).get(auto_class.__name__, "")
+        if architecture in names or remote.endswith(f".{architecture}"):
+            return auto_class
+    raise ValueError(
+        f"{name}: got a {architecture}; allowed are models of {', '.join(kind.__name__ for kind in allowed)}. On any "
+        "other, attach_calibrator(model, AutoCalibrator.from_pretrained(path))"
+    )
 
 
 def check_calibrated(model: PreTrainedModel) -> None:
@@ -155,13 +186,16 @@ def check_calibrated(model: PreTrainedModel) -> None:
             f"model: got {type(model).__name__}; allowed are transformers models without adapters. They are merged "
             "first: attach_calibrator(model.merge_and_unload(), calibrator)"
         )
-    if not type(model).__name__.endswith(HEAD):
-        raise ValueError(
-            f"model: got {type(model).__name__}; allowed are ...{HEAD}. Any other saves its calibrator by its own "
-            "save_pretrained"
-        )
+    task_of(model)
     if attached_calibrator(model) is None and folded_calibrator(model) is None:
         raise ValueError("model: no calibrator is attached or folded; attach_calibrator or fold_calibrator first")
+
+
+def task_of(model: PreTrainedModel) -> str:
+    """What the Hub calls the task of this model; a ValueError where `load_calibrated` could not load it again."""
+    config = copy.copy(model.config)
+    config.architectures = [type(model).__name__]
+    return TASKS[auto_class_of("model", config)]
 
 
 def check_new_folder(name: str, path: Path) -> None:
@@ -187,6 +221,7 @@ def _write(
         calibrator=calibrator or folded_calibrator(model),
         applied=applied,
         report=report,
+        task=task_of(model),
         stock=is_stock(model),
     )
 

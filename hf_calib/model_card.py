@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .calibrators import Calibrator
 from .report import TITLES, CalibrationReport
@@ -17,8 +17,39 @@ DIAGRAM_DPI = 150
 IMPORT = "import hf_calib\n"
 
 
+class Task(NamedTuple):
+    """What a card says of a model for a task, and of the lines that run it."""
+
+    what: str
+    rows: str  # of what it is sure
+    processor: str = "AutoTokenizer"
+    option: str = "tokenizer"  # of the pipeline
+    result: str = "classifier"
+
+
+TASKS = {
+    "text-classification": Task("A text classifier with calibrated probabilities", "texts"),
+    "token-classification": Task("A token classifier with calibrated probabilities", "tokens"),
+    "image-classification": Task(
+        "An image classifier with calibrated probabilities", "images", "AutoImageProcessor", "image_processor"
+    ),
+    "audio-classification": Task(
+        "An audio classifier with calibrated probabilities", "recordings", "AutoFeatureExtractor", "feature_extractor"
+    ),
+    "text-generation": Task("A language model with calibrated token probabilities", "tokens", result="generator"),
+    "text2text-generation": Task("A sequence-to-sequence model with calibrated token probabilities", "tokens"),
+}
+
+
 def write_model_card(
-    folder: Path, *, name: str, calibrator: Calibrator, applied: str, report: CalibrationReport | None, stock: bool
+    folder: Path,
+    *,
+    name: str,
+    calibrator: Calibrator,
+    applied: str,
+    task: str,
+    report: CalibrationReport | None,
+    stock: bool,
 ) -> None:
     """Writes `README.md`, and `reliability.png` where there is a report and matplotlib, into a model's folder.
 
@@ -27,6 +58,7 @@ def write_model_card(
         name (`str`): the folder's name or the repo's id, for the title, the `model-index` and the lines that load it.
         calibrator ([`Calibrator`]): its `provenance` says what it was fitted on.
         applied (`"folded"` or `"attached"`): which decides how the card says to load the model.
+        task (`str`): the Hub's name of it, a key of `TASKS`.
         report ([`CalibrationReport`], *optional*): the numbers.
         stock (`bool`): transformers knows the architecture without this library.
     """
@@ -34,11 +66,11 @@ def write_model_card(
 
     diagram = report is not None and bool(report.events) and write_diagram(folder / DIAGRAM_NAME, report)
     parts = [
-        f"---\n{_metadata(name, calibrator, report)}\n---",
+        f"---\n{_metadata(name, calibrator, task, report)}\n---",
         f"# {name}",
-        _introduction(calibrator, applied),
+        _introduction(calibrator, applied, task),
         _results(report, diagram),
-        f"## How to use it\n\n```python\n{usage(name, applied, stock)}\n```",
+        f"## How to use it\n\n```python\n{usage(name, applied, task, stock)}\n```",
         _fit(calibrator),
     ]
     ModelCard("\n\n".join(part for part in parts if part) + "\n").save(folder / CARD_NAME)
@@ -55,22 +87,30 @@ def write_diagram(path: Path, report: CalibrationReport) -> bool:
     return True
 
 
-def usage(name: str, applied: str, stock: bool) -> str:
-    """The lines of Python that load the model, calibrated, and run a stock pipeline on it."""
+def usage(name: str, applied: str, task: str, stock: bool) -> str:
+    """The lines of Python that load the model, calibrated, and run it: in a stock pipeline, where its task has one."""
     name = json.dumps(name, ensure_ascii=False)  # quoted: a path on Windows holds backslashes
-    if applied == "folded":
+    _, _, processor, option, result = TASKS[task]
+    folded = applied == "folded"
+    start = IMPORT if not (folded and stock) else ""
+    if task == "text2text-generation":  # transformers 5 has no pipeline for it
+        auto_class = "AutoModelForSeq2SeqLM"
+        loader = f"{auto_class}.from_pretrained" if folded else "hf_calib.load_calibrated"
         return (
-            f"{'' if stock else IMPORT}from transformers import pipeline\n\n"
-            f'classifier = pipeline("text-classification", model={name})'
+            f"{start}from transformers import {f'{auto_class}, ' if folded else ''}{processor}\n\n"
+            f"model, {option} = {loader}({name}), {processor}.from_pretrained({name})\n"
+            f'generated = model.generate(**{option}("a text", return_tensors="pt"))'
         )
+    if folded:
+        return f'{start}from transformers import pipeline\n\n{result} = pipeline("{task}", model={name})'
     return (
-        f"{IMPORT}from transformers import AutoTokenizer, pipeline\n\n"
-        f"model, tokenizer = hf_calib.load_calibrated({name}), AutoTokenizer.from_pretrained({name})\n"
-        'classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)'
+        f"{start}from transformers import {processor}, pipeline\n\n"
+        f"model, {option} = hf_calib.load_calibrated({name}), {processor}.from_pretrained({name})\n"
+        f'{result} = pipeline("{task}", model=model, {option}={option})'
     )
 
 
-def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | None) -> str:
+def _metadata(name: str, calibrator: Calibrator, task: str, report: CalibrationReport | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
@@ -78,7 +118,7 @@ def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | Non
         data = calibrator.provenance
         dataset = data.get("report_dataset", data.get("dataset", "unknown"))
         shared: dict[str, Any] = {
-            "task_type": "text-classification",
+            "task_type": task,
             "dataset_type": dataset,
             "dataset_name": dataset,
             "dataset_split": data.get("report_split"),
@@ -90,7 +130,7 @@ def _metadata(name: str, calibrator: Calibrator, report: CalibrationReport | Non
     card = ModelCardData(
         base_model=_hub_id(calibrator.provenance.get("model", "")),
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         tags=["calibration", "hf_calib"],
         model_name=name,
         eval_results=results,
@@ -103,15 +143,16 @@ def _hub_id(name: str) -> str | None:
     return name if "/" in name else None
 
 
-def _introduction(calibrator: Calibrator, applied: str) -> str:
+def _introduction(calibrator: Calibrator, applied: str, task: str) -> str:
     how = {
         "folded": "It is folded into the weights: whatever loads them gives calibrated scores.",
         "attached": "It lies beside the weights: `hf_calib.load_calibrated` applies it.",
     }[applied]
-    labels = ", ".join(calibrator.label_names or [])
+    what, rows, *_ = TASKS[task]
+    labels = "" if calibrator.label_names is None else f"\n\nLabels: {', '.join(calibrator.label_names)}."
     return (
-        "A text classifier with calibrated probabilities: of the texts it is 80 % sure about, about 80 % should be "
-        f"right. The calibrator is `{calibrator.name}`. {how}\n\nLabels: {labels}."
+        f"{what}: of the {rows} it is 80 % sure about, about 80 % should be "
+        f"right. The calibrator is `{calibrator.name}`. {how}{labels}"
     )
 
 

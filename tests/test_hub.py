@@ -5,10 +5,25 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForTokenClassification
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_calib import (
+    CalibTransformerConfig,
+    CalibTransformerForCausalLM,
     IsotonicCalibration,
+    TemperatureScaling,
     attach_calibrator,
     attached_calibrator,
     detach_calibrator,
@@ -182,14 +197,72 @@ def test_adapters_are_refused_until_they_are_merged(classifier, temperature, tok
 
 def test_a_head_that_could_not_be_loaded_again_is_refused(temperature, tmp_path):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
-    model = attach_calibrator(BertForTokenClassification(config), temperature)
-    with pytest.raises(
-        ValueError, match=r"got BertForTokenClassification; allowed are \.\.\.ForSequenceClassification"
-    ):
+    model = attach_calibrator(BertForMultipleChoice(config), temperature)
+    with pytest.raises(ValueError, match="got a BertForMultipleChoice; allowed are models of AutoModelForSeque"):
         save_calibrated(model, tmp_path / "new")
     model.save_pretrained(tmp_path / "own")
-    with pytest.raises(ValueError, match=r"got a BertForTokenClassification; .*attach_calibrator\(model, AutoCalib"):
+    with pytest.raises(ValueError, match=r"got a BertForMultipleChoice; .*attach_calibrator\(model, AutoCalibrator"):
         load_calibrated(tmp_path / "own")
+
+
+def bert_of_tokens(num_labels):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForTokenClassification(BertConfig(vocab_size=50, num_labels=num_labels, **sizes))
+
+
+def vit(num_labels):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=num_labels, **sizes))
+
+
+def gpt2(vocab_size):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+
+
+def bart(vocab_size):
+    sizes = {"d_model": 16, "max_position_embeddings": 16}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+    return BartForConditionalGeneration(BartConfig(vocab_size=vocab_size, **sizes))
+
+
+def calib_transformer(vocab_size):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    return CalibTransformerForCausalLM(CalibTransformerConfig(vocab_size=vocab_size, **sizes, **tokens))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "num_labels", "task"),
+    [
+        (bert_of_tokens, 3, "token-classification"),
+        (vit, 3, "image-classification"),
+        (gpt2, 50, "text-generation"),
+        (calib_transformer, 50, "text-generation"),
+        (bart, 50, "text2text-generation"),
+    ],
+)
+def test_other_heads(make_model, num_labels, task, tmp_path):
+    torch.manual_seed(0)
+    model = make_model(num_labels).eval()
+    logits = 3 * torch.randn(200, num_labels)
+    calibrator = TemperatureScaling().fit(logits, torch.multinomial((logits / 2).softmax(-1), 1)[:, 0])
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])} if task != "image-classification" else {}
+    inputs = inputs or {"pixel_values": torch.randn(1, 3, 8, 8)}
+    with torch.no_grad():
+        raw = model(**inputs).logits
+    save_calibrated(attach_calibrator(model, calibrator), tmp_path / "new")
+    loaded = load_calibrated(tmp_path / "new")
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, calibrator(raw))
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert card.data.pipeline_tag == task
+    assert "load_calibrated" in card.text
+    names = "Labels: LABEL_0, LABEL_1, LABEL_2." in card.text
+    assert names == (num_labels == 3)
+    code = card.text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
 
 
 def test_the_folder_that_one_stands_in_can_be_filled(calibrated, tmp_path, monkeypatch):
@@ -273,13 +346,6 @@ def test_the_weights_and_the_record_agree_on_how_it_is_applied(saved, applied):
     messages = {"folded": r"the weights, but config\.json does not", "attached": "is folded into its weights"}
     with pytest.raises(ValueError, match=messages[other]):
         load_calibrated(saved)
-
-
-def test_other_heads_are_refused(classifier, temperature, tmp_path):
-    model = attach_calibrator(BertForTokenClassification(classifier.config), temperature)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"got a BertForTokenClassification; allowed are \.\.\.ForSequence"):
-        load_calibrated(tmp_path)
 
 
 # -- other processes

@@ -36,8 +36,19 @@ def calibrator(temperature):
     return temperature
 
 
+TASK = "text-classification"
+
+
 def card_of(folder, calibrator, applied="attached", report=None, name="org/mood: a name"):
-    write_model_card(folder, name=name, calibrator=calibrator, applied=applied, report=report, stock=True)
+    write_model_card(
+        folder,
+        name=name,
+        calibrator=calibrator,
+        applied=applied,
+        task="text-classification",
+        report=report,
+        stock=True,
+    )
     return ModelCard.load(folder / "README.md")
 
 
@@ -106,7 +117,7 @@ def test_it_says_how_the_calibrator_is_applied(applied, calibrator, tmp_path):
     card = card_of(tmp_path, calibrator, applied)
     assert ("`hf_calib.load_calibrated` applies it" in card.text) == (applied == "attached")
     assert ("folded into the weights" in card.text) == (applied == "folded")
-    assert f"```python\n{usage('org/mood: a name', applied, stock=True)}\n```" in card.text
+    assert f"```python\n{usage('org/mood: a name', applied, 'text-classification', stock=True)}\n```" in card.text
 
 
 @pytest.mark.parametrize("stock", [True, False])
@@ -121,7 +132,7 @@ def test_its_lines_load_the_model_by_that_name(name, applied, stock, monkeypatch
     monkeypatch.setattr(hf_calib, "load_calibrated", loaded.append, raising=False)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded.append)
     monkeypatch.setattr(transformers, "pipeline", lambda task, model=None, **options: loaded.append(model))
-    lines = usage(name, applied, stock)
+    lines = usage(name, applied, TASK, stock)
     exec(lines, {})
     assert set(loaded) - {None} == {name}
     assert ("import hf_calib" in lines) == (applied == "attached" or not stock)
@@ -148,7 +159,7 @@ def test_a_saved_folder_has_the_card_of_its_model(apply, classifier, calibrator,
         ModelCard.load(folder / "README.md"),
         "folded" if attached_calibrator(classifier) is None else "attached",
     )
-    assert usage("mood", applied, stock=True) in card.text
+    assert usage("mood", applied, TASK, stock=True) in card.text
     assert report.to_markdown() in card.text
     assert (folder / "reliability.png").is_file()
     assert not re.search(str(tmp_path), card.content)
