@@ -98,14 +98,14 @@ def usage(name: str, applied: str, task: str, stock: bool) -> str:
         loader = f"{auto_class}.from_pretrained" if folded else "hf_calib.load_calibrated"
         return (
             f"{start}from transformers import {f'{auto_class}, ' if folded else ''}{processor}\n\n"
-            f"model, {option} = {loader}({name}), {processor}.from_pretrained({name})\n"
+            f"model = {loader}({name})\n{option} = {processor}.from_pretrained({name})\n"
             f'generated = model.generate(**{option}("a text", return_tensors="pt"))'
         )
     if folded:
         return f'{start}from transformers import pipeline\n\n{result} = pipeline("{task}", model={name})'
     return (
         f"{start}from transformers import {processor}, pipeline\n\n"
-        f"model, {option} = hf_calib.load_calibrated({name}), {processor}.from_pretrained({name})\n"
+        f"model = hf_calib.load_calibrated({name})\n{option} = {processor}.from_pretrained({name})\n"
         f'{result} = pipeline("{task}", model=model, {option}={option})'
     )
 
