@@ -274,11 +274,11 @@ def _load_model(model: str) -> tuple[Any, Any]:
             f"model: {model} holds adapters; allowed are whole models: merge_and_unload() and save it first"
         )
     with _naming("model", model):
+        auto_class_of("model", AutoConfig.from_pretrained(model), (AutoModelForSequenceClassification,))
         try:
             classifier = load_calibrated(model)
         except FileNotFoundError:
-            allowed = (AutoModelForSequenceClassification,)
-            classifier = auto_class_of("model", AutoConfig.from_pretrained(model), allowed).from_pretrained(model)
+            classifier = AutoModelForSequenceClassification.from_pretrained(model)
         return classifier.eval(), AutoTokenizer.from_pretrained(model)
 
 

@@ -50,6 +50,9 @@ def place(tmp_path, monkeypatch):
     for folder, kind in (("headless", BertModel), ("tokens", BertForTokenClassification)):
         shutil.copytree("model", folder)
         kind.from_pretrained("model").save_pretrained(folder)
+    temperature = hf_calib.TemperatureScaling().fit(torch.eye(2).repeat(9, 1), torch.tensor([0, 1] * 8 + [1, 0]))
+    tokens = hf_calib.attach_calibrator(BertForTokenClassification.from_pretrained("tokens"), temperature)
+    hf_calib.save_calibrated(tokens, "calibrated-tokens")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("mine")
     return tmp_path
@@ -261,6 +264,7 @@ FIT = "fit --model model --dataset rows.jsonl --output made"
         (f"{FIT} --test-dataset rows.csv", ["test", "rows of predictions"]),
         ("fit --model headless --dataset rows.jsonl --output made", ["model", "BertModel", "ForSequenceClass"]),
         ("fit --model tokens --dataset rows.jsonl --output made", ["model", "BertForTokenClassification"]),
+        ("evaluate --model calibrated-tokens --dataset rows.jsonl", ["model", "BertForTokenClassification"]),
         ("fit --model taken/none --dataset rows.jsonl --output made", ["model", "taken/none"]),
         ("fit --model ./none --dataset rows.jsonl --output made", ["model", "./none", "where nothing is"]),
         ("fit --model model --dataset rows.jsonl --output rows.csv/made", ["output", "rows.csv is a file"]),
