@@ -45,7 +45,7 @@ def card_of(folder, calibrator, applied="attached", report=None, name="org/mood:
         name=name,
         calibrator=calibrator,
         applied=applied,
-        task="text-classification",
+        task=TASK,
         report=report,
         stock=True,
     )
@@ -117,7 +117,7 @@ def test_it_says_how_the_calibrator_is_applied(applied, calibrator, tmp_path):
     card = card_of(tmp_path, calibrator, applied)
     assert ("`hf_calib.load_calibrated` applies it" in card.text) == (applied == "attached")
     assert ("folded into the weights" in card.text) == (applied == "folded")
-    assert f"```python\n{usage('org/mood: a name', applied, 'text-classification', stock=True)}\n```" in card.text
+    assert f"```python\n{usage('org/mood: a name', applied, TASK, stock=True)}\n```" in card.text
 
 
 @pytest.mark.parametrize("stock", [True, False])

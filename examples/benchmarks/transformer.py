@@ -6,7 +6,7 @@ one process, so that a machine that slows down slows all of them down; a product
 too, for the share of the machine's peak that training reaches. Memory is that of a process of its own for each model.
 The medians go to `results/transformer.json`.
 
-    python examples/benchmarks/transformer.py            # some fifteen minutes on two cores
+    python examples/benchmarks/transformer.py            # some nine minutes on two cores
     python examples/benchmarks/transformer.py --rounds 2 --new-tokens 32
 """
 
@@ -139,10 +139,8 @@ def report_memory(name: str, checkpointing: bool) -> None:
 def measure(rounds: int, new_tokens: list[int]) -> dict[str, dict]:
     """Speed and memory of every model, by name."""
     found: dict[str, dict] = {}
-    for name in (
-        *PEERS,
-        *OURS,
-    ):  # first: a process inherits the peak of the one that starts it
+    # First, because a process inherits the peak of the one that starts it
+    for name in (*PEERS, *OURS):
         plain, checkpointing = peak_memory(name, checkpointing=False), peak_memory(name, checkpointing=True)
         found[name] = {"training_megabytes": plain, "training_megabytes_with_checkpointing": checkpointing}
     models = {name: make_model(name) for name in found}

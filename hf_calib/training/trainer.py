@@ -167,12 +167,19 @@ class CalibrationTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kwargs: Any) -> tuple:
         """As `Trainer.prediction_step`; also adds the batch's rows to the exact evaluation loss and the metrics."""
+        result, evaluated = self._predict_batch(model, inputs, *more, **kwargs)
+        if evaluated is not None:
+            self._add_evaluated(*evaluated)
+        return result
+
+    def _predict_batch(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kwargs: Any) -> tuple:
+        """What `Trainer.prediction_step` returns, and logits, labels and losses of this process's own rows."""
         self._evaluated = None
         result = super().prediction_step(model, inputs, *more, **kwargs)
-        if self._evaluated is not None:
-            self._add_evaluated(*(values[: self._num_own_rows(len(values))] for values in self._evaluated))
-            self._evaluated = None
-        return result
+        evaluated, self._evaluated = self._evaluated, None
+        if evaluated is not None:
+            evaluated = tuple(values[: self._num_own_rows(len(values))] for values in evaluated)
+        return result, evaluated
 
     def _start_evaluation(self) -> None:
         self._nll_sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the labels that count
@@ -290,13 +297,10 @@ class CalibrationTrainer(Trainer):
         """Raw logits `(n, C)` and labels `(n,)` of this process's rows, a batch at a time."""
         with uncalibrated(self.model), in_eval_mode(self.model):
             for inputs in self.get_test_dataloader(dataset):
-                _, predictions, labels = self.prediction_step(self.model, inputs, prediction_loss_only=False)
-                if labels is None:
-                    raise ValueError(
-                        "dataset: got no labelled row; allowed are rows with a label, as in train_dataset"
-                    )
-                rows = slice(self._num_own_rows(len(labels)))
-                logits, labels = _first_output(predictions, labels)[rows], self._labels_of_logits(labels)[rows]
+                _, evaluated = self._predict_batch(self.model, inputs, prediction_loss_only=True)
+                if evaluated is None:
+                    raise ValueError(NO_LABELLED_ROW)
+                logits, labels, _ = evaluated
                 kept = labels != IGNORED_LABEL
                 yield logits[kept], labels[kept]
 

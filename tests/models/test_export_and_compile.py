@@ -43,6 +43,18 @@ def padded(rows, length):
     return {"input_ids": torch.randint(3, 50, (rows, length)), "attention_mask": mask}
 
 
+@torch.no_grad()
+def decoding(kind, has_encoder):
+    """A model that generates, tokens, what an encoder made of a source, if there is one, and the tokens' logits."""
+    kinds = (CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration)
+    model = kinds[has_encoder](tiny_config(kind)).eval()
+    tokens, source = torch.randint(3, 50, (3, 9)), padded(3, 6)
+    if not has_encoder:
+        return model, tokens, {}, model(tokens).logits
+    encoder = {"states": model.model.encoder(**source).last_hidden_state, "mask": source["attention_mask"]}
+    return model, tokens, encoder, model(**source, decoder_input_ids=tokens).logits
+
+
 # --- torch.export
 
 
@@ -81,18 +93,7 @@ class Step(nn.Module):
 @every_kind
 @pytest.mark.parametrize("has_encoder", [False, True])
 def test_exported_step_of_a_decoder(kind, has_encoder):
-    kinds = (CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration)
-    model = kinds[has_encoder](tiny_config(kind)).eval()
-    tokens, source = torch.randint(3, 50, (3, 9)), padded(3, 6)
-    encoder = {}
-    if has_encoder:
-        with torch.no_grad():
-            states = model.model.encoder(**source).last_hidden_state
-            expected = model(**source, decoder_input_ids=tokens).logits
-        encoder = {"states": states, "mask": source["attention_mask"]}
-    else:
-        with torch.no_grad():
-            expected = model(tokens).logits
+    model, tokens, encoder, expected = decoding(kind, has_encoder)
     step = Step(model)
     past = [(torch.randn(3, HEADS, 4, HEAD_DIM), torch.randn(3, HEADS, 4, HEAD_DIM)) for _ in range(LAYERS)]
     length = torch.export.Dim("length", min=2, max=60)
@@ -147,18 +148,13 @@ def test_compiled_training(head, kind):
 @every_kind
 @pytest.mark.parametrize("has_encoder", [False, True])
 def test_compiled_decoding_with_a_static_cache(has_encoder, kind):
-    kinds = (CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration)
-    model = kinds[has_encoder](tiny_config(kind)).eval()
-    tokens, source = torch.randint(3, 50, (3, 9)), padded(3, 6)
+    model, tokens, encoder, expected = decoding(kind, has_encoder)
     cache, inputs, name = StaticCache(model.config, max_cache_len=16), {}, "input_ids"
+    if has_encoder:
+        cache = EncoderDecoderCache(cache, StaticCache(model.config, max_cache_len=6))
+        inputs = {"encoder_outputs": (encoder["states"],), "attention_mask": encoder["mask"]}
+        name = "decoder_input_ids"
     with torch.no_grad():
-        if has_encoder:
-            expected = model(**source, decoder_input_ids=tokens).logits
-            cache = EncoderDecoderCache(cache, StaticCache(model.config, max_cache_len=6))
-            inputs = {"encoder_outputs": model.model.encoder(**source), "attention_mask": source["attention_mask"]}
-            name = "decoder_input_ids"
-        else:
-            expected = model(tokens).logits
         model(**{name: tokens[:, :3]}, **inputs, past_key_values=cache)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for place in range(3, 9):
