@@ -264,7 +264,7 @@ FIT = "fit --model model --dataset rows.jsonl --output made"
         (f"{FIT} --test-dataset rows.csv", ["test", "rows of predictions"]),
         ("fit --model headless --dataset rows.jsonl --output made", ["model", "BertModel", "ForSequenceClass"]),
         ("fit --model tokens --dataset rows.jsonl --output made", ["model", "BertForTokenClassification"]),
-        ("evaluate --model calibrated-tokens --dataset rows.jsonl", ["model", "BertForTokenClassification"]),
+        ("evaluate --model calibrated-tokens --dataset rows.jsonl", ["BertForTokenClassification", "AutoModelForSeq"]),
         ("fit --model taken/none --dataset rows.jsonl --output made", ["model", "taken/none"]),
         ("fit --model ./none --dataset rows.jsonl --output made", ["model", "./none", "where nothing is"]),
         ("fit --model model --dataset rows.jsonl --output rows.csv/made", ["output", "rows.csv is a file"]),
