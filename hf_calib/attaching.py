@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from .calibrators import Calibrator
 from .calibrators.storage import weights_sha256, write_calibrator
@@ -26,31 +27,54 @@ FOLDED_KEY = "hf_calib_folded"  # in the model's config: it travels with the wei
 
 
 class _Attached(nn.Module):
-    """What a calibrated model carries: the calibrator and whether it is suspended."""
+    """What a calibrated model carries: the calibrator, and whether it is suspended."""
 
-    def __init__(self, calibrator: Calibrator):
+    def __init__(self, calibrator: Calibrator, of_positions: bool):
         super().__init__()
         self.calibrator = calibrator
+        self.of_positions = of_positions
         self.suspended = False
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated logits."""
+        if any(tensor.device != logits.device for tensor in self.calibrator.tensors().values()):
+            self.to(logits.device)  # a model that is spread over devices may give its logits on any of them
+        return self.calibrator.calibrate_positions(logits) if self.of_positions else self.calibrator(logits)
 
 
 def attach_calibrator(model: nn.Module, calibrator: Calibrator) -> nn.Module:
-    """Makes the model's `outputs.logits` calibrated, whoever calls it: pipelines, `Trainer.predict`, your own code.
+    """Makes the model's `outputs.logits` calibrated, whoever calls it: pipelines, `generate`, `Trainer.predict`.
 
-    A loss that the model computes inside `forward` still sees the raw logits, so training is not disturbed.
+    Of a model that answers questions these are `start_logits` and `end_logits`. Through adapters, the calibrator goes
+    onto the model inside, which `generate` calls. A loss that the model computes inside `forward` still sees the raw
+    logits, so training is not disturbed.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): any model with `logits` of as many classes as the calibrator knows.
-        calibrator ([`Calibrator`]): fitted; the model gets a copy.
+        model ([`~transformers.PreTrainedModel`], or one with PEFT adapters): with logits of as many classes as the
+            calibrator knows, or as many as its vocabulary has tokens; or over the positions of a text.
+        calibrator ([`Calibrator`]): fitted, for the weights as they are; the model gets a copy. Positions take one
+            temperature.
     Returns:
         the same model object.
     Raises:
         ValueError: the model is calibrated already, the calibrator is not fitted, or their labels differ.
     """
     check_can_calibrate(model, calibrator)
-    model.add_module(SUBMODULE, _Attached(_own_copy(model, calibrator)).to(model.device))
-    model._hf_calib_hook = model.register_forward_hook(_calibrate_output)
-    model.save_pretrained = partial(_save_with_calibrator, model)  # unlike a bound method, it can be pickled
+    own = _own_copy(model, calibrator)
+    own.provenance.pop("weights", None)  # of weights that it lay beside before
+    return attach_copy(model, own)
+
+
+def attach_copy(model: nn.Module, calibrator: Calibrator) -> nn.Module:
+    """`attach_calibrator` of a calibrator that has been checked and is nobody else's."""
+    base = without_adapters(model)
+    attached = _Attached(calibrator, answers_questions(base))
+    if base.device.type != "meta":  # of weights that wait on disk
+        attached.to(base.device)
+    base.add_module(SUBMODULE, attached)
+    base._hf_calib_hook = base.register_forward_hook(_calibrate_output)
+    for part in {base, model}:
+        part.save_pretrained = partial(_save_with_calibrator, part)  # unlike a bound method, it can be pickled
     return model
 
 
@@ -58,15 +82,23 @@ def detach_calibrator(model: nn.Module) -> nn.Module:
     """Undoes `attach_calibrator`: the same model object with its raw logits; a ValueError when nothing is attached."""
     if attached_calibrator(model) is None:
         raise ValueError("model: no calibrator is attached to it")
-    model._hf_calib_hook.remove()
-    del model._hf_calib_hook, model.save_pretrained, model._modules[SUBMODULE]
+    base = without_adapters(model)
+    base._hf_calib_hook.remove()
+    del base._hf_calib_hook, base._modules[SUBMODULE]
+    for part in {base, model}:
+        vars(part).pop("save_pretrained", None)
     return model
 
 
 def attached_calibrator(model: nn.Module) -> Calibrator | None:
-    """The calibrator that is attached to this model, if one is."""
-    attached = model._modules.get(SUBMODULE)
+    """The calibrator that is attached to this model, or to the model inside its adapters, if one is."""
+    attached = without_adapters(model)._modules.get(SUBMODULE)
     return None if attached is None else attached.calibrator
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other model itself."""
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def mark_folded(model: nn.Module, calibrator: Calibrator) -> None:
@@ -144,7 +176,15 @@ def check_not_folded(model: nn.Module) -> None:
 
 def check_same_task(model: nn.Module, calibrator: Calibrator) -> None:
     """Raises a ValueError unless the model's logits mean what the calibrator takes them for."""
-    if generates_text(model):
+    model = without_adapters(model)
+    if answers_questions(model):
+        if calibrator.task is not None or not calibrator.scales_alike:
+            raise ValueError(
+                f"calibrator: got {calibrator.name} with task={calibrator.task!r} for a model that finds answers in "
+                "texts; allowed is a temperature with task=None"
+            )
+        return
+    if predicts_tokens(model):
         if calibrator.task is not None:
             raise ValueError(f"calibrator: got task={calibrator.task!r} for a language model; allowed is task=None")
         return
@@ -162,7 +202,10 @@ def check_same_task(model: nn.Module, calibrator: Calibrator) -> None:
 
 def check_same_labels(model: nn.Module, calibrator: Calibrator) -> None:
     """Raises a ValueError unless the calibrator was fitted for the model's labels, or for its vocabulary."""
-    if generates_text(model):
+    model = without_adapters(model)
+    if answers_questions(model):
+        return
+    if predicts_tokens(model):
         vocab_size = len(model.get_output_embeddings().weight)
         if calibrator.num_labels != vocab_size:
             raise ValueError(
@@ -181,6 +224,17 @@ def generates_text(model: nn.Module) -> bool:
     return bool(getattr(model, "can_generate", bool)())
 
 
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether the model's logits are those of tokens: the next ones, or those that are masked."""
+    return generates_text(model) or getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def answers_questions(model: nn.Module) -> bool:
+    """Whether the model has `start_logits` and `end_logits`, of the positions where an answer may begin and end."""
+    known = AutoModelForQuestionAnswering._model_mapping.get(type(getattr(model, "config", None)), ())
+    return isinstance(model, known)
+
+
 def label_names_of(config: PreTrainedConfig) -> list[str]:
     """The model's class names in the order of its logits; some configs have numbers for names."""
     return [str(config.id2label[index]) for index in range(config.num_labels)]
@@ -188,8 +242,9 @@ def label_names_of(config: PreTrainedConfig) -> list[str]:
 
 def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
     """A copy that knows the model's label names, so that whoever loads it can tell what its columns are."""
-    calibrator = copy.deepcopy(calibrator)
-    calibrator.label_names = None if generates_text(model) else label_names_of(model.config)
+    model, calibrator = without_adapters(model), copy.deepcopy(calibrator)
+    has_labels = not predicts_tokens(model) and not answers_questions(model)
+    calibrator.label_names = label_names_of(model.config) if has_labels else None
     return calibrator
 
 
@@ -197,10 +252,14 @@ def _calibrate_output(model: nn.Module, args: tuple, output: Any) -> Any:
     attached = model._modules[SUBMODULE]
     if attached.suspended:
         return output
+    names = ("start_logits", "end_logits") if attached.of_positions else ("logits",)
     if isinstance(output, tuple):  # return_dict=False: (loss, logits, ...) or (logits, ...)
-        position = 1 if output[0].dim() == 0 else 0
-        return (*output[:position], attached.calibrator(output[position]), *output[position + 1 :])
-    output["logits"] = attached.calibrator(output["logits"])
+        first = 1 if output[0].dim() == 0 else 0
+        last = first + len(names)
+        calibrated = (attached(logits) for logits in output[first:last])
+        return (*output[:first], *calibrated, *output[last:])
+    for name in names:
+        output[name] = attached(output[name])
     return output
 
 
@@ -211,8 +270,17 @@ def _save_with_calibrator(model: nn.Module, save_directory: str | Path, *args: A
             "push_to_hub: got True, which would leave the calibrator behind; use model.push_to_hub(repo_id)"
         )
     type(model).save_pretrained(model, save_directory, *args, **options)
-    if options.get("is_main_process", True):
-        folder = Path(save_directory)
-        attached = attached_calibrator(model)
-        calibrator, applied = (attached, "attached") if attached is not None else (folded_calibrator(model), "folded")
-        write_calibrator(calibrator, folder, applied=applied, weights=weights_sha256(folder))
+    calibrator = attached_calibrator(model) or folded_calibrator(model)
+    if calibrator is None or not options.get("is_main_process", True):
+        return
+    write_beside(model, Path(save_directory))
+
+
+def write_beside(model: nn.Module, folder: Path) -> None:
+    """Writes a calibrated model's calibrator into the folder that its weights, or adapters, have been saved to."""
+    weights = weights_sha256(folder)
+    calibrator, applied = folded_calibrator(model), "folded"
+    if (attached := attached_calibrator(model)) is not None:
+        calibrator, applied = attached, "attached"
+        calibrator.provenance.setdefault("weights", weights)  # kept from now on, whatever becomes of the weights
+    write_calibrator(calibrator, folder, applied=applied, weights=weights)

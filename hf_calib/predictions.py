@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attaching import folded_calibrator, in_eval_mode, is_folded, label_names_of, uncalibrated
-from .folding import divisor
+from .folding import undoing_map
 
 
 PROGRESS_NAME, LOGITS_NAME = "progress.json", "logits.npy"
@@ -226,9 +226,9 @@ def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch
         model.config.to_json_string(use_diff=False),
         object_hook=lambda part: {key: value for key, value in part.items() if key not in INCIDENTAL},
     )
-    request = [encoded, labels.tolist(), config, divisor(folded_calibrator(model))]
-    digest = hashlib.sha256(json.dumps(request).encode())
-    for name, tensor in model.state_dict().items():
+    digest = hashlib.sha256(json.dumps([encoded, labels.tolist(), config]).encode())
+    folded = folded_calibrator(model)
+    for name, tensor in [*model.state_dict().items(), *({} if folded is None else folded.tensors()).items()]:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -238,14 +238,15 @@ def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size
     """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    folded = divisor(folded_calibrator(model))
+    undo = undoing_map(model)
     try:
         with torch.inference_mode(), in_eval_mode(model), uncalibrated(model):
             for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
                 if store.done[batch].all():
                     continue
                 inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
-                logits = model(**inputs, return_dict=True).logits.float() * folded
+                logits = model(**inputs, return_dict=True).logits.float()
+                logits = logits if undo is None else undo(logits).float()
                 store.put(batch, logits.cpu().numpy())
     finally:
         store.flush()

@@ -17,11 +17,13 @@ from hf_calib import (
     apply_calibrator,
     attach_calibrator,
     attached_calibrator,
+    collect_predictions,
     fold_calibrator,
     load_calibrated,
     unfold_calibrator,
 )
 from hf_calib.attaching import folded_calibrator
+from hf_calib.calibrators import CALIBRATORS, Chain
 from hf_calib.folding import remove_calibrator
 
 
@@ -64,6 +66,17 @@ def bert():
     return make("bert")
 
 
+def fitted(name, num_labels=3, **settings):
+    """A calibrator that has something to do, fitted on logits that are too sure, of labels with other priors."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, num_labels, generator=generator)
+    tilt = torch.linspace(-1, 1, num_labels)
+    labels = torch.multinomial((logits / 2 + tilt).softmax(-1), 1, generator=generator)[:, 0]
+    if settings.get("task") == "multilabel":
+        labels = (torch.rand(400, num_labels, generator=generator) < (logits / 2 + tilt).sigmoid()).long()
+    return CALIBRATORS[name](**settings).fit(logits, labels)
+
+
 @torch.no_grad()
 def logits_of(model, batch=4):
     ids = torch.randint(4, 44, (batch, 6), generator=torch.Generator().manual_seed(1))
@@ -99,6 +112,44 @@ def test_a_plain_load_of_the_saved_folder_is_calibrated(architecture, temperatur
     assert (raw.softmax(-1) - wanted).abs().max() > 0.02
     assert torch.equal(logits_of(unfold_calibrator(model)).argmax(-1), raw.argmax(-1))
     torch.testing.assert_close(probs_of(model), raw.softmax(-1), rtol=0, atol=1e-6)
+
+
+AFFINE = ["vector", "matrix", "structured_vector", "structured_matrix", "bias_corrected_temperature", "chain"]
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_an_affine_map_is_folded_and_undone(name, bert, tmp_path):
+    if name == "chain":
+        calibrator = Chain([CALIBRATORS["temperature"](), CALIBRATORS["prior_correction"]()])
+        calibrator.fit(3 * torch.eye(3).repeat(4, 1), torch.tensor([0, 1, 2, 0, 1, 1, 0, 1, 2, 0, 1, 0]))
+        calibrator.members[1].target_priors.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    else:
+        calibrator = fitted(name, **({"foldable": True} if name.startswith("structured") else {}))
+    raw = logits_of(bert)
+    fold_calibrator(bert, calibrator).save_pretrained(tmp_path)
+    plain = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    wanted = calibrator.log_probs(raw).exp()
+    torch.testing.assert_close(probs_of(plain), wanted, rtol=0, atol=1e-5)
+    assert (raw.softmax(-1) - wanted).abs().max() > 0.02
+    loaded = load_calibrated(tmp_path)
+    torch.testing.assert_close(probs_of(unfold_calibrator(loaded)), raw.softmax(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["temperature", "platt", "vector"])
+def test_labels_of_which_several_are_right_are_folded_one_by_one(name):
+    model, calibrator = make("bert", problem_type="multi_label_classification"), fitted(name, task="multilabel")
+    raw = logits_of(model)
+    fold_calibrator(model, calibrator)
+    torch.testing.assert_close(logits_of(model).sigmoid(), calibrator(raw).sigmoid(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(unfold_calibrator(model)), raw, rtol=1e-4, atol=1e-4)
+
+
+def test_raw_logits_are_collected_of_whatever_is_folded(classifier, tokenizer, labelled_texts):
+    raw = collect_predictions(classifier, labelled_texts, processing_class=tokenizer)
+    fold_calibrator(classifier, fitted("structured_matrix", foldable=True))
+    again = collect_predictions(classifier, labelled_texts, processing_class=tokenizer)
+    torch.testing.assert_close(again.probs, raw.probs, rtol=0, atol=1e-5)
+    assert again.fingerprint() != "" and torch.equal(again.labels, raw.labels)
 
 
 def test_the_layer_is_found_by_what_it_computes_not_by_its_name(bert, temperature):
@@ -226,24 +277,45 @@ def refused(case, config):
     """A model and a calibrator that cannot be folded into it."""
     cases = {
         "isotonic": lambda: (make("bert"), isotonic()),
-        "bfloat16": lambda: (make("bert").to(torch.bfloat16), of_temperature(T)),
+        "structured": lambda: (make("bert"), fitted("structured_vector")),
+        "dirichlet": lambda: (make("bert"), fitted("dirichlet")),
         "no layer": lambda: (CappedForSequenceClassification(config).eval(), of_temperature(T)),
         "shared": lambda: (DoubledForSequenceClassification(config).eval(), of_temperature(T)),
-        "head": lambda: (hf.BertForTokenClassification(config).eval(), of_temperature(T)),
+        "no bias": lambda: (make("llama"), fitted("vector")),
         "overflow": lambda: (make("bert"), of_temperature(1e-39)),
+        "merging": lambda: (make("bert"), merging()),
+        "quantised": lambda: (quantised(), of_temperature(T)),
     }
     return cases[case]()
+
+
+def merging():
+    """Vector scaling that leaves next to nothing of the third class's logit."""
+    calibrator = fitted("vector")
+    calibrator.weight[2] = 1e-9
+    calibrator.weight[1] = 1e-9
+    return calibrator
+
+
+def quantised():
+    model = make("bert")
+    model.classifier.weight = nn.Parameter(model.classifier.weight.detach().to(torch.int8), requires_grad=False)
+    model.classifier.forward = lambda x: nn.functional.linear(x, model.classifier.weight.float())
+    return model
 
 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("isotonic", "calibrator: isotonic cannot be folded, only temperature can; attach_calibrator it"),
-        ("bfloat16", "model: got torch.bfloat16 weights, which would round; attach it, or load in float32 to fold"),
+        ("isotonic", "calibrator: isotonic is no affine map of logits of a size to fold; attach it"),
+        ("structured", "calibrator: structured_vector takes log-probabilities; with foldable=True it can be folded; att"),
+        ("dirichlet", "calibrator: dirichlet is no affine map of logits of a size to fold; attach it"),
         ("no layer", "model: found 0 layers whose output are the logits, where folding needs one; attach it"),
-        ("shared", "model: the layer that makes the logits shares its weight with another; attach it instead"),
-        ("head", "model: got BertForTokenClassification; allowed are transformers' ...ForSequenceClassification"),
+        ("shared", "model: the layer that makes the logits shares its weight with another, and no norm in front of it"),
+        ("no bias", "calibrator: its bias has no place in the layer that makes the logits, which has none; attach it"),
         ("overflow", "model: folding would miss the calibrated probabilities by nan; attach it instead"),
+        ("merging", "calibrator: it nearly merges classes, so that folding could not be undone; attach it"),
+        ("quantised", "model: its weights are quantised or not in memory; attach it"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_and_attached_instead(case, message, bert):
@@ -256,6 +328,15 @@ def test_what_cannot_be_exact_is_refused_and_attached_instead(case, message, ber
     assert not hasattr(model.config, "hf_calib_folded")
     assert apply_calibrator(model, calibrator) == "attached"
     assert same_weights(model, before)
+
+
+def test_rounded_weights_are_folded_with_a_warning_that_says_how_far_off(bert, temperature):
+    bert = bert.to(torch.bfloat16)
+    raw = logits_of(bert).double()
+    assert apply_calibrator(copy.deepcopy(bert), temperature) == "attached"
+    with pytest.warns(UserWarning, match=r"^folded torch.bfloat16 weights are off by up to \d\.\de-0\d in probability$"):
+        fold_calibrator(bert, temperature)
+    torch.testing.assert_close(probs_of(bert).double(), (raw / T).softmax(-1), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("error", [ValueError("model: would miss"), KeyboardInterrupt()])

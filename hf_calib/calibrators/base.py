@@ -42,6 +42,8 @@ class Calibrator(nn.Module):
     two_classes_only: ClassVar[bool] = False
     is_composed: ClassVar[bool] = False  # of calibrators that the constructor takes first
     needs_groups: bool = False  # at the fit and at every use
+    is_affine: bool = False  # a linear map of logits and a bias, up to a constant in each row
+    scales_alike: ClassVar[bool] = False  # every logit by the same number, so that rows of any length make sense
 
     def __init__(self, *, task: str | None = None):
         super().__init__()
@@ -120,6 +122,12 @@ class Calibrator(nn.Module):
             absent, present = self._calibrate(two_class_logits(logits), **options).unbind(-1)
             return present - absent
         return self._calibrate(logits, **options)
+
+    def calibrate_positions(self, logits: torch.Tensor) -> torch.Tensor:
+        """As `forward`, of rows whose length differs from row to row: positions in a text, or choices."""
+        if not self.scales_alike or self.task is not None:
+            raise ValueError(f"calibrator: got {self.name}; allowed on positions is one temperature for all")
+        return self._calibrate(logits)
 
     def log_probs(self, logits: torch.Tensor, *, groups: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised calibrated log-probabilities: `(..., C)`, float32, or float64 when the logits are.
@@ -266,6 +274,8 @@ class IdentityCalibration(Calibrator):
     name = "identity"
     preserves_accuracy = True
     contains_identity = True
+    is_affine = True
+    scales_alike = True
 
     def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}

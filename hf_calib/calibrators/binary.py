@@ -108,6 +108,7 @@ class PlattScaling(LogOddsRegression):
     name = "platt"
     tensor_names = ("slope", "intercept")
     is_rising = False
+    is_affine = True
 
     def _features(self, d: torch.Tensor, knots: torch.Tensor | None) -> torch.Tensor:
         return d[..., None]

@@ -67,6 +67,7 @@ class Chain(ComposedCalibrator):
     def __init__(self, members: Sequence[Calibrator], *, task: str | None = None):
         super().__init__(members, task=task)
         self.preserves_accuracy = all(member.preserves_accuracy for member in self.templates)
+        self.is_affine = all(member.is_affine for member in self.templates)
         sizes = {member.num_labels for member in self.templates}
         if task is None and len(sizes) == 1:
             self.num_labels = sizes.pop()
@@ -178,6 +179,7 @@ class PerLabel(ComposedCalibrator):
     def __init__(self, members: Sequence[Calibrator], *, task: str | None = "multilabel"):
         check_choice("task", task, ("multilabel",))
         super().__init__(members, task=task)
+        self.is_affine = all(member.is_affine for member in self.templates)
         if all(member.num_labels for member in self.members):
             self.num_labels = len(self.members)
 

@@ -47,6 +47,7 @@ class PriorCorrection(Calibrator):
     tensor_dtype = torch.float64
     preserves_accuracy = False
     contains_identity = True
+    is_affine = True
 
     def adapt(self, logits: torch.Tensor) -> PriorCorrection:
         """Sets `target_priors` to the most likely ones of logits without labels.

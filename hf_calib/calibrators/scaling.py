@@ -48,6 +48,8 @@ class TemperatureScaling(Calibrator):
     tensor_names = ("temperature",)
     preserves_accuracy = True
     contains_identity = True
+    is_affine = True
+    scales_alike = True
 
     def _fit(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         temperature = fit_temperature(logits, labels, weights)

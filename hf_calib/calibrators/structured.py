@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from ..functional.checks import check_choice
 from .base import Calibrator
 from .scaling import fit_temperature, in_dtype_of, temperature_problem
 
@@ -46,8 +47,9 @@ class LinearScaling(Calibrator):
     tensor_dtype = torch.float64
     preserves_accuracy = False
     contains_identity = True
+    is_affine = True
     weight_dims: ClassVar[int] = 1
-    of_log_probs: ClassVar[bool] = False
+    of_log_probs: bool = False
 
     def _penalty(self, num_rows: float, num_labels: int) -> Penalty:
         raise NotImplementedError
@@ -132,7 +134,26 @@ class MatrixScaling(LinearScaling):
         return Penalty(TINY, TINY, TINY)
 
 
-class StructuredVectorScaling(LinearScaling):
+class StructuredScaling(LinearScaling):
+    """Linear scaling of log-probabilities or, where it is to be folded, of centred logits.
+
+    Args:
+        foldable (`bool`): take centred logits, so that the map is affine and `fold_calibrator` can write it into a
+            model's last layer. Log-probabilities fit a little better, and much better where tiny probabilities have
+            been clipped: only they tell how far a row's classes lie from all others together.
+        task: as in [`Calibrator`].
+    """
+
+    setting_names = ("foldable",)
+
+    def __init__(self, *, foldable: bool = False, task: str | None = None):
+        super().__init__(task=task)
+        check_choice("foldable", foldable, (False, True))
+        self.foldable = self.is_affine = foldable
+        self.of_log_probs = not foldable
+
+
+class StructuredVectorScaling(StructuredScaling):
     r"""Vector scaling that stays near the temperature unless the rows insist.
 
     $$\min_{w, b} \; \mathrm{NLL} + \frac{C}{N} \left(\lVert w - 1 \rVert^2 + \lVert b \rVert^2\right)$$
@@ -141,9 +162,10 @@ class StructuredVectorScaling(LinearScaling):
 
     Attributes:
         temperature, weight, bias: as in [`LinearScaling`]; `weight` is `(C,)`.
+    Args:
+        foldable, task: as in [`StructuredScaling`].
     Source:
-        Berta, Holzmüller, Jordan & Bach 2025 (arXiv 2511.03685), ridge penalty with its default strengths; logits are
-        centred where they take log-probabilities, so that the map can be folded into a linear layer.
+        Berta, Holzmüller, Jordan & Bach 2025 (arXiv 2511.03685), ridge penalty with its default strengths.
     Example:
         >>> import torch
         >>> logits, labels = 3 * torch.eye(3).repeat(2, 1), torch.tensor([0, 1, 2, 0, 1, 0])
@@ -152,13 +174,12 @@ class StructuredVectorScaling(LinearScaling):
     """
 
     name = "structured_vector"
-    of_log_probs = True
 
     def _penalty(self, num_rows: float, num_labels: int) -> Penalty:
         return Penalty(num_labels / num_rows, 0.0, num_labels / num_rows)
 
 
-class StructuredMatrixScaling(LinearScaling):
+class StructuredMatrixScaling(StructuredScaling):
     r"""Matrix scaling whose weights between classes are held back most.
 
     $$\min_{W, b} \; \mathrm{NLL} + \frac{C}{N} \left(\lVert \mathrm{diag}(W) - 1 \rVert^2 + \lVert b \rVert^2\right)
@@ -168,12 +189,13 @@ class StructuredMatrixScaling(LinearScaling):
 
     Attributes:
         temperature, weight, bias: as in [`LinearScaling`]; `weight` is `(C, C)`.
+    Args:
+        foldable, task: as in [`StructuredScaling`].
     Source:
         As [`StructuredVectorScaling`].
     """
 
     name = "structured_matrix"
-    of_log_probs = True
     weight_dims = 2
 
     def _penalty(self, num_rows: float, num_labels: int) -> Penalty:
@@ -194,6 +216,7 @@ class DirichletCalibration(LinearScaling):
 
     name = "dirichlet"
     of_log_probs = True
+    is_affine = False
     weight_dims = 2
 
     def _penalty(self, num_rows: float, num_labels: int) -> Penalty:
