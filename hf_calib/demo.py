@@ -21,7 +21,8 @@ from .calibrate import calibrate_predictions, check_method
 from .console import no_bars, no_notices, print_report, print_selection
 from .docstrings import docstring_dataset
 from .folding import apply_calibrator
-from .hub import check_new_folder, save_calibrated
+from .folders import check_new_folder
+from .hub import save_calibrated
 from .model_card import usage
 from .models import CalibTransformerConfig, CalibTransformerForSequenceClassification
 from .predictions import collect_predictions

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
+import json
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -16,6 +15,8 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,13 +26,17 @@ from transformers import (
 
 from .attaching import (
     FOLDED_KEY,
-    attach_calibrator,
+    attach_copy,
     attached_calibrator,
+    check_can_calibrate,
     check_same_labels,
     folded_calibrator,
     mark_folded,
+    without_adapters,
+    write_beside,
 )
 from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
+from .folders import ADAPTER_CONFIG, check_new_folder, check_replaceable, new_folder
 from .model_card import write_model_card
 from .models import CalibTransformerConfig
 from .report import CalibrationReport
@@ -45,37 +50,51 @@ TASKS = {
     AutoModelForAudioClassification: "audio-classification",
     AutoModelForCausalLM: "text-generation",
     AutoModelForSeq2SeqLM: "text2text-generation",
+    AutoModelForMaskedLM: "fill-mask",
+    AutoModelForQuestionAnswering: "question-answering",
 }
+# What PEFT calls the tasks for which it has an Auto class of its own
+ADAPTER_TASKS = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    None: "AutoPeftModel",
+}
+# Of a model that was in a repo before: one that is not replaced must not be loaded in the place of the new one
+STALE_WEIGHTS = ["model-*.safetensors", "model.safetensors", "model.safetensors.index.json"]
 
 
 def save_calibrated(
-    model: PreTrainedModel, path: str | Path, *, processing_class: Any = None, report: CalibrationReport | None = None
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    processing_class: Any = None,
+    report: CalibrationReport | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Saves all that a Hub repo of a calibrated model holds; the whole folder appears at once, or none of it.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): with a calibrator attached or folded.
+        model ([`~transformers.PreTrainedModel`], or one with PEFT adapters): with a calibrator attached or folded. Of
+            adapters, they alone are saved, and the calibrator beside them.
         path (`str` or `Path`): a folder that does not exist yet, or is empty.
         processing_class (*optional*): the tokenizer to save beside it.
         report ([`CalibrationReport`], *optional*): for the model card's table and, with matplotlib, its diagram.
+        overwrite (`bool`): replace the model and the calibrator that `path` holds, by an exchange of two folders that
+            cannot be seen half done on Linux and macOS; its other files stay.
     Returns:
         the folder.
     Raises:
         ValueError: no calibrator is attached or folded, or `load_calibrated` could not load it again.
-        FileExistsError: the folder holds something; nothing is overwritten.
+        FileExistsError: the folder holds something, with `overwrite` something else than a model.
     """
     path = Path(path).resolve()
     check_calibrated(model)
-    check_new_folder("path", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        _write(model, partial, processing_class, report, path.name)
-        os.replace(partial, path)  # renaming onto an empty folder replaces it
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    check_replaceable("path", path) if overwrite else check_new_folder("path", path)
+    with new_folder(path) as folder:
+        _write(model, folder, processing_class, report, path.name)
     return path
 
 
@@ -107,7 +126,12 @@ def push_calibrated(
     with tempfile.TemporaryDirectory() as folder:
         _write(model, Path(folder), processing_class, report, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload calibrated model")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Upload calibrated model",
+            delete_patterns=None if (Path(folder) / ADAPTER_CONFIG).exists() else STALE_WEIGHTS,
+        )
     return str(commit.commit_url)
 
 
@@ -116,8 +140,8 @@ def load_calibrated(
 ) -> PreTrainedModel:
     """Loads a model and applies its calibrator exactly once: attached, or already in the weights.
 
-    The Auto class is that of the head in the config: a classifier of texts, tokens, images or sounds, or a model that
-    generates text.
+    The Auto class is that of the head in the config: a classifier of texts, tokens, images or sounds, or a model of
+    language or of answers. Adapters are loaded by PEFT, with the model that they name.
 
     Args:
         path_or_repo_id (`str` or `Path`): what `save_calibrated`, `push_calibrated`, or a calibrated model's own
@@ -130,24 +154,26 @@ def load_calibrated(
         FileNotFoundError: there is no calibrator.
         ValueError: a calibrator file is damaged, or the two do not belong together.
     Warns:
-        UserWarning: the weights are not those that the calibrator was saved with.
+        UserWarning: the calibrator was fitted for other weights than those that it lies beside.
     """
     folder = calibrator_folder(path_or_repo_id, revision=revision, token=token)
     record, calibrator = read_record(folder), load_calibrator(folder)
-    hub = {"revision": revision, "token": token}
-    code = {key: options[key] for key in ("trust_remote_code",) if key in options}
-    auto_class = auto_class_of(str(path_or_repo_id), AutoConfig.from_pretrained(path_or_repo_id, **hub, **code))
-    model = auto_class.from_pretrained(path_or_repo_id, **hub, **options)
-    saved, present = record.get("weights"), weights_sha256(folder)
-    if None not in (saved, present) and saved != present:
-        warnings.warn(
-            f"{path_or_repo_id}: the weights are not those that the calibrator was saved with; fit it again",
-            stacklevel=2,
-        )
     applied = record.get("applied")
+    if applied not in ("attached", "folded"):
+        raise ValueError(
+            f'{path_or_repo_id}: calibrator.json says applied={applied!r}; allowed are "attached" and "folded"'
+        )
+    hub = {"revision": revision, "token": token}
+    if (adapter := _adapter_config(path_or_repo_id, folder, hub)) is not None:
+        model = _load_adapters(path_or_repo_id, adapter, calibrator.label_names, {**hub, **options})
+    else:
+        code = {key: options[key] for key in ("trust_remote_code",) if key in options}
+        config = AutoConfig.from_pretrained(path_or_repo_id, **hub, **code)
+        model = auto_class_of(str(path_or_repo_id), config).from_pretrained(path_or_repo_id, **hub, **options)
     if applied == "attached":
-        return attach_calibrator(model, calibrator)
-    if applied == "folded":
+        check_can_calibrate(model, calibrator)
+        attach_copy(model, calibrator)
+    else:
         check_same_labels(model, calibrator)
         if getattr(model.config, FOLDED_KEY, None) != calibrator.name:
             raise ValueError(
@@ -155,10 +181,45 @@ def load_calibrated(
                 "config.json does not; save the two together"
             )
         mark_folded(model, calibrator)
-        return model
-    raise ValueError(
-        f'{path_or_repo_id}: calibrator.json says applied={applied!r}; allowed are "attached" and "folded"'
-    )
+    fitted_for = [record.get("weights"), calibrator.provenance.get("weights") if applied == "attached" else None]
+    present = weights_sha256(folder)
+    if present is not None and any(weights not in (None, present) for weights in fitted_for):
+        warnings.warn(
+            f"{path_or_repo_id}: the calibrator was fitted for other weights than these; fit it again", stacklevel=2
+        )
+    return model
+
+
+def _adapter_config(path_or_repo_id: str | Path, folder: Path, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """PEFT's config where the folder or repo holds adapters; `None` where it holds a whole model."""
+    path = folder / ADAPTER_CONFIG
+    if not Path(path_or_repo_id).is_dir() and not path.exists():
+        from transformers.utils import find_adapter_config_file
+
+        found = find_adapter_config_file(str(path_or_repo_id), **hub)
+        if found is None:
+            return None
+        path = Path(found)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _load_adapters(
+    path_or_repo_id: str | Path, adapter: dict[str, Any], names: list[str] | None, options: dict[str, Any]
+) -> Any:
+    """A PEFT model on the base that it names, whose head gets the labels that only the calibrator's file knows."""
+    try:
+        import peft
+    except ImportError:
+        raise ImportError(f"{path_or_repo_id}: it holds adapters; pip install peft") from None
+    task = adapter.get("task_type")
+    if task not in ADAPTER_TASKS:
+        raise ValueError(
+            f"{path_or_repo_id}: adapters for {task!r}; allowed are {', '.join(filter(None, ADAPTER_TASKS))}"
+        )
+    if names is not None:
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: index for index, name in enumerate(names)}
+    return getattr(peft, ADAPTER_TASKS[task]).from_pretrained(str(path_or_repo_id), **options)
 
 
 def auto_class_of(name: str, config: PreTrainedConfig, allowed: Iterable[type] = TASKS) -> type:
@@ -181,10 +242,17 @@ def auto_class_of(name: str, config: PreTrainedConfig, allowed: Iterable[type] =
 
 def check_calibrated(model: PreTrainedModel) -> None:
     """Raises a ValueError unless it is a model that can be loaded again, with a calibrator attached or folded."""
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    base = without_adapters(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"model: got {type(model).__name__}; allowed are transformers models, and PEFT's on them")
+    if base is model and getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"model: got {type(model).__name__}; allowed are transformers models without adapters. They are merged "
-            "first: attach_calibrator(model.merge_and_unload(), calibrator)"
+            "model: it has adapters that transformers added; allowed are those of peft.get_peft_model or "
+            "PeftModel.from_pretrained"
+        )
+    if base is not model and not getattr(model.active_peft_config, "base_model_name_or_path", None):
+        raise ValueError(
+            "model: its adapters do not say what they are for; save the base and load it from there first"
         )
     task_of(model)
     if attached_calibrator(model) is None and folded_calibrator(model) is None:
@@ -193,24 +261,17 @@ def check_calibrated(model: PreTrainedModel) -> None:
 
 def task_of(model: PreTrainedModel) -> str:
     """What the Hub calls the task of this model; a ValueError where `load_calibrated` could not load it again."""
-    config = copy.copy(model.config)
-    config.architectures = [type(model).__name__]
+    base = without_adapters(model)
+    config = copy.copy(base.config)
+    config.architectures = [type(base).__name__]
     return TASKS[auto_class_of("model", config)]
-
-
-def check_new_folder(name: str, path: Path) -> None:
-    """Raises a FileExistsError naming the argument if something would be overwritten or is in the way."""
-    for parent in path.parents:
-        if parent.is_file():
-            raise FileExistsError(f"{name}: {parent} is a file; allowed are a new folder or an empty one")
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileExistsError(f"{name}: {path} exists already; allowed are a new folder or an empty one")
 
 
 def _write(
     model: PreTrainedModel, folder: Path, processing_class: Any, report: CalibrationReport | None, name: str
 ) -> None:
-    model.save_pretrained(folder)  # a calibrated model's own, which writes the calibrator too
+    type(model).save_pretrained(model, folder)
+    write_beside(model, folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
     calibrator = attached_calibrator(model)

@@ -38,6 +38,19 @@ TASKS = {
     ),
     "text-generation": Task("A language model with calibrated token probabilities", "tokens", result="generator"),
     "text2text-generation": Task("A sequence-to-sequence model with calibrated token probabilities", "tokens"),
+    "fill-mask": Task("A masked language model with calibrated token probabilities", "tokens", result="fill"),
+    "question-answering": Task("A model that finds answers, with calibrated probabilities", "answers"),
+}
+# Tasks for which transformers 5 has no pipeline: the Auto class, and what to do with the model
+WITHOUT_PIPELINE = {
+    "text2text-generation": (
+        "AutoModelForSeq2SeqLM",
+        'generated = model.generate(**tokenizer("a text", return_tensors="pt"))',
+    ),
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        'answer = model(**tokenizer("a question", "a text that answers it", return_tensors="pt"))',
+    ),
 }
 
 
@@ -93,13 +106,12 @@ def usage(name: str, applied: str, task: str, stock: bool) -> str:
     _, _, processor, option, result = TASKS[task]
     folded = applied == "folded"
     start = IMPORT if not (folded and stock) else ""
-    if task == "text2text-generation":  # transformers 5 has no pipeline for it
-        auto_class = "AutoModelForSeq2SeqLM"
+    if task in WITHOUT_PIPELINE:
+        auto_class, run = WITHOUT_PIPELINE[task]
         loader = f"{auto_class}.from_pretrained" if folded else "hf_calib.load_calibrated"
         return (
             f"{start}from transformers import {f'{auto_class}, ' if folded else ''}{processor}\n\n"
-            f"model = {loader}({name})\n{option} = {processor}.from_pretrained({name})\n"
-            f'generated = model.generate(**{option}("a text", return_tensors="pt"))'
+            f"model = {loader}({name})\n{option} = {processor}.from_pretrained({name})\n{run}"
         )
     if folded:
         return f'{start}from transformers import pipeline\n\n{result} = pipeline("{task}", model={name})'

@@ -18,7 +18,7 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "measuring",
+        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub", "measuring",
         "models", "prediction_files", "predictions", "probing", "training",
     },
     {"cli", "console", "demo"},

@@ -1,6 +1,8 @@
 """A calibrated model as a folder and as a repo: whole or not at all, and applied exactly once."""
 
 import json
+import os
+import signal
 import warnings
 
 import pytest
@@ -180,21 +182,6 @@ def test_an_uncalibrated_model_is_refused(classifier, tmp_path):
     assert not state(tmp_path)
 
 
-# peft 0.21 asks transformers 5.23 for a property by the name it had before
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_are_refused_until_they_are_merged(classifier, temperature, tokens, tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
-    adapted = attach_calibrator(peft.get_peft_model(classifier, config).eval(), temperature)
-    wanted = probs_of(adapted, tokens)
-    with pytest.raises(ValueError, match=r"got PeftModelForSequenceClassification; .*merge_and_unload\(\)"):
-        save_calibrated(adapted, tmp_path / "new")
-    assert not state(tmp_path)
-    merged = attach_calibrator(detach_calibrator(adapted).merge_and_unload(), temperature)
-    loaded = load_calibrated(save_calibrated(merged, tmp_path / "new"))
-    torch.testing.assert_close(probs_of(loaded, tokens), wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_a_head_that_could_not_be_loaded_again_is_refused(temperature, tmp_path):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
     model = attach_calibrator(BertForMultipleChoice(config), temperature)
@@ -313,6 +300,111 @@ def test_a_failure_leaves_nothing_behind(error, existing, calibrated, tokens, tm
     save_calibrated(calibrated, path)
 
 
+# -- replacing
+
+
+def test_a_model_is_replaced_and_what_else_is_there_stays(saved, classifier, tokens, temperature):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "logs").mkdir()
+    (saved / "logs" / "loss.txt").write_text("0.1")
+    (saved / "model-00001-of-00002.safetensors").write_bytes(b"of a model before")
+    other = remove_calibrator(classifier)
+    temperature.temperature.fill_(7)
+    save_calibrated(attach_calibrator(other, temperature), saved, overwrite=True)
+    assert set(state_of_files(saved)) == FILES | {"notes.txt", "logs/loss.txt"}
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert torch.equal(probs_of(load_calibrated(saved), tokens), probs_of(other, tokens))
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def state_of_files(folder):
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def test_what_is_no_model_is_not_replaced(calibrated, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"path: .* exists already; allowed"):
+        save_calibrated(calibrated, tmp_path, overwrite=True)
+    assert save_calibrated(calibrated, tmp_path / "new", overwrite=True).is_dir()
+
+
+def test_a_failure_leaves_the_old_folder(saved, calibrated):
+    class Failing:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    before = state(saved)
+    with pytest.raises(OSError, match="disk full"):
+        save_calibrated(calibrated, saved, processing_class=Failing(), overwrite=True)
+    assert state(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_without_an_exchange_two_renames_do(saved, calibrated, tokens, monkeypatch):
+    from hf_calib import folders
+
+    monkeypatch.setattr(folders, "_exchanged_at_once", lambda *names: False)
+    folders._exchange(saved, other := save_calibrated(calibrated, saved.parent / "other"))
+    assert torch.equal(probs_of(load_calibrated(saved), tokens), probs_of(load_calibrated(other), tokens))
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["other", "saved"]
+
+
+SAVE_UNTIL_KILLED = """
+import json, os, signal, sys, time, warnings
+import torch
+import hf_calib
+from transformers.utils import logging
+
+warnings.simplefilter("error")
+logging.disable_progress_bar()
+folder, waits = json.load(sys.stdin)
+model = hf_calib.load_calibrated(folder)
+calibrator = hf_calib.attached_calibrator(model)
+
+
+def save_for_ever(number=0):
+    while True:
+        number += 1
+        calibrator.temperature.fill_(1.0 + number % 2)
+        with torch.no_grad():
+            model.classifier.bias.fill_(float(number % 2))
+        calibrator.provenance.clear()
+        hf_calib.save_calibrated(model, folder, overwrite=True)
+
+
+found = []
+for wait in waits:
+    child = os.fork()
+    if child == 0:
+        save_for_ever()
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    loaded = hf_calib.load_calibrated(folder)  # an error, were the weights not those of the calibrator
+    temperature = float(hf_calib.attached_calibrator(loaded).temperature)
+    found.append([sorted(os.listdir(folder)), temperature, float(loaded.classifier.bias.detach()[0]), status])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_killed_at_any_moment_it_leaves_the_old_folder_or_the_new_one(
+    classifier, temperature, tmp_path, in_new_process
+):
+    temperature.temperature.fill_(2)
+    with torch.no_grad():
+        classifier.classifier.bias.fill_(1)
+    folder = save_calibrated(attach_calibrator(classifier, temperature), tmp_path / "model")
+    files = sorted(state(folder))
+    waits = torch.linspace(0.01, 0.15, 25).tolist()
+    found = in_new_process(SAVE_UNTIL_KILLED, [str(folder), waits])
+    for names, fitted, bias, status in found:
+        assert names == files
+        assert fitted - 1 == bias
+        assert status == signal.SIGKILL  # and did not end by itself, of an error
+    assert len({fitted for _, fitted, *_ in found}) == 2
+
+
 # -- what does not belong together
 
 
@@ -321,7 +413,7 @@ def test_other_weights_are_loaded_with_a_warning(saved, classifier):
     with torch.no_grad():
         other.classifier.bias += 1
     other.save_pretrained(saved)
-    with pytest.warns(UserWarning, match="the weights are not those that the calibrator was saved with; fit it again"):
+    with pytest.warns(UserWarning, match="the calibrator was fitted for other weights than these; fit it again"):
         load_calibrated(saved)
 
 
