@@ -73,8 +73,8 @@ def fit(
     from .attaching import check_not_folded
     from .calibrate import calibrate_predictions, check_method
     from .console import print_report, print_selection
-    from .folding import apply_calibrator, remove_calibrator
     from .folders import check_new_folder
+    from .folding import apply_calibrator, remove_calibrator
     from .hub import is_stock, save_calibrated
     from .model_card import usage
     from .predictions import collect_predictions

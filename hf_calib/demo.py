@@ -20,8 +20,8 @@ from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallba
 from .calibrate import calibrate_predictions, check_method
 from .console import no_bars, no_notices, print_report, print_selection
 from .docstrings import docstring_dataset
-from .folding import apply_calibrator
 from .folders import check_new_folder
+from .folding import apply_calibrator
 from .hub import save_calibrated
 from .model_card import usage
 from .models import CalibTransformerConfig, CalibTransformerForSequenceClassification

@@ -63,10 +63,10 @@ def fold_calibrator(model: PreTrainedModel, calibrator: Calibrator) -> PreTraine
     Args:
         model ([`~transformers.PreTrainedModel`]): any whose logits come out of a linear layer: classifiers of texts,
             tokens or images, language models, and those that find answers in texts.
-        calibrator ([`Calibrator`]): fitted, and an affine map: `temperature`, `vector`, `matrix`, `structured_vector` and
-            `structured_matrix` with `foldable=True`, `bias_corrected_temperature`, `platt`, `prior_correction` and
-            chains of these. Of
-            models whose last layer shares its weight with the embeddings, only a temperature.
+        calibrator ([`Calibrator`]): fitted, and an affine map: `temperature`, `vector`, `matrix`, `platt`,
+            `bias_corrected_temperature`, `prior_correction`, `structured_vector` and `structured_matrix` with
+            `foldable=True`, and chains of these. Of models whose last layer shares its weight with the embeddings, a
+            temperature alone.
     Returns:
         the same model object. Its `save_pretrained` writes the calibrator's files too, marked as applied.
     Raises:

@@ -11,7 +11,7 @@ SAMPLES = 4000  # a quarter of a second of sound
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A few rows of what the model takes, the same at every call, on its device; a ValueError where that is unknown."""
+    """A few rows of what the model takes, the same at every call; a ValueError where that is unknown."""
     name, config = model.main_input_name, model.config
     generator = torch.Generator().manual_seed(0)
     if name == "input_ids":

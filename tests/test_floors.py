@@ -18,8 +18,8 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub", "measuring",
-        "models", "prediction_files", "predictions", "probing", "training",
+        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub",
+        "measuring", "models", "prediction_files", "predictions", "probing", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip
