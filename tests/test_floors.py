@@ -19,7 +19,7 @@ FLOORS = (
     {"model_card", "plots", "report"},
     {
         "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "measuring",
-        "models", "prediction_files", "predictions", "training",
+        "models", "pipelines", "prediction_files", "predictions", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip
