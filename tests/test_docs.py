@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import pipeline
 
 import hf_calib
+import hf_calib.pipelines
 
-from .tiny import mostly_predicted, save_sentiment_classifier
+from .tiny import SPECIAL, make_reader, make_tokenizer, make_writer, mostly_predicted, save_sentiment_classifier
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,20 @@ def reviews(model: Path, num_rows: int, offset: int) -> Dataset:
     return Dataset.from_dict({"text": texts, "label": mostly_predicted(model, texts)})
 
 
+def save_reader_and_translator(folder: Path) -> None:
+    """Both know a few words; the reader is right about three in four of the questions beside it."""
+    words = [*WORDS, *map(str, range(20))]
+    for name, make in (("my-reader", make_reader), ("my-translator", make_writer)):
+        make(len(SPECIAL) + len(words)).save_pretrained(folder / name)
+        make_tokenizer(words).save_pretrained(folder / name)
+    read = pipeline("calibrated-question-answering", model=str(folder / "my-reader"))
+    rows = []
+    for index in range(40):
+        example = {"question": WORDS[index % 6], "context": " ".join(words[(index + 5 * i) % 26] for i in range(30))}
+        rows.append({**example, "answer": read(example)["answer"] if index % 4 else ""})
+    Dataset.from_list(rows).to_json(folder / "my-questions" / "validation.jsonl")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder in which the README's repo ids are local folders and its files exist."""
@@ -52,6 +68,7 @@ def place(tmp_path_factory):
     save_sentiment_classifier(model)
     for offset, split in enumerate(("train", "validation", "test")):
         reviews(model, 80, 1000 * offset).to_json(folder / "me" / "my-reviews" / f"{split}.jsonl")
+    save_reader_and_translator(folder / "me")
     probs = torch.rand(50, 3, dtype=torch.float64).softmax(-1)
     labels = torch.randint(3, (50,)).tolist()
     Dataset.from_dict({"probs": probs.tolist(), "label": labels}).to_parquet(folder / "predictions.parquet")
@@ -77,7 +94,7 @@ def test_the_readme_s_python_runs_from_top_to_bottom(place):
     assert result.returncode == 0, result.stderr
     assert "Smooth ECE" in result.stdout
     assert "NLL falls by" in result.stdout, "the README calibrates what is calibrated already"
-    for made in ("my-classifier-calibrated", "my-calibrator", "trained-and-calibrated"):
+    for made in ("my-classifier-calibrated", "my-calibrator", "my-answers", "trained-and-calibrated"):
         assert (place / made / "calibrator.json").is_file(), made
     assert (place / "reliability.png").is_file()
 

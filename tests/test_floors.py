@@ -19,7 +19,7 @@ FLOORS = (
     {"model_card", "plots", "report"},
     {
         "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub",
-        "measuring", "models", "prediction_files", "predictions", "probing", "training",
+        "measuring", "models", "pipelines", "prediction_files", "predictions", "probing", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip

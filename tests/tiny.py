@@ -5,7 +5,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -29,6 +32,44 @@ def make_classifier(names: list[str], vocab_size: int) -> BertForSequenceClassif
         label2id={name: index for index, name in enumerate(names)},
     )
     return BertForSequenceClassification(config).eval()
+
+
+def make_reader(vocab_size: int) -> BertForQuestionAnswering:
+    """A tiny BERT that answers questions, the same at every call."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+        initializer_range=0.5,
+    )
+    return BertForQuestionAnswering(config).eval()
+
+
+def make_writer(vocab_size: int) -> BartForConditionalGeneration:
+    """A tiny Bart that makes texts of texts, the same at every call; it begins with its end token, `[SEP]`."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=vocab_size,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+        init_std=0.5,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=3,
+        forced_eos_token_id=None,
+    )
+    return BartForConditionalGeneration(config).eval()
 
 
 def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
