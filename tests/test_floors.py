@@ -16,10 +16,10 @@ PACKAGE = Path(hf_calib.__file__).parent
 FLOORS = (
     {"functional", "version"},
     {"calibrators", "losses", "metrics"},
-    {"model_card", "plots", "report"},
+    {"card_text", "model_card", "plots", "report"},
     {
         "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folding", "hub", "measuring",
-        "models", "prediction_files", "predictions", "training",
+        "models", "prediction_files", "predictions", "publishing", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip
