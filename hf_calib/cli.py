@@ -78,6 +78,7 @@ def fit(
     from .hub import is_stock, save_calibrated
     from .model_card import usage
     from .predictions import collect_predictions
+    from .publishing import card_to_keep
 
     check_method(method)
     check_new_folder("output", output)
@@ -89,14 +90,15 @@ def fit(
     with _bars_on_a_terminal():
         classifier, tokenizer = _load_model(model)
         check_not_folded(remove_calibrator(classifier))  # of an earlier fit
+        card = card_to_keep(model)
         rows = [_load_data(name, dataset_config, part) for name, part in sources]
         predictions = [
             collect_predictions(classifier, part, processing_class=tokenizer, batch_size=batch_size, **columns)
             for part in rows
         ]
     calibrator, report = calibrate_predictions(predictions[0], method=method, test=(*predictions, None)[1], seed=seed)
-    calibrator.provenance |= {"model": _public(model), **_origin(*sources[0], "")}
-    calibrator.provenance |= _origin(*sources[-1], "report_")
+    calibrator.provenance |= {"model": _public(model), **_origin(*sources[0], dataset_config, "")}
+    calibrator.provenance |= _origin(*sources[-1], dataset_config, "report_")
     console = Console()
     print_selection(calibrator, console)
     print_report(report, console)
@@ -104,6 +106,8 @@ def fit(
     applied = apply_calibrator(classifier, calibrator)
     with _bars_on_a_terminal():
         save_calibrated(classifier, output, processing_class=tokenizer, report=report)
+    if card is not None:
+        _keep_card(card, output.resolve())
     console.print(f"Saved {output}, calibrator {applied}. To use it:", markup=False, highlight=False)
     code = usage(str(output), applied, "text-classification", is_stock(classifier))
     console.print(code, markup=False, soft_wrap=True)
@@ -147,7 +151,8 @@ def evaluate(
         raise ValueError(f"predictions: got none; {'metric' if metric else 'group_column'} is for a file of them")
     else:
         columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
-        report = _evaluate_model(model, (dataset, dataset_config, split), batch_size, seed, **columns)
+        classifier, found = _predict(model, (dataset, dataset_config, split), batch_size, **columns)
+        report = _report_on(classifier, found, seed)
     if as_json:
         print(json.dumps({**report.to_dict(), "verdict": report.verdict(), **groups}, indent=2))
     else:
@@ -166,20 +171,127 @@ def _evaluate_file(path: Path, metrics: list[str], seed: int, **columns: str | N
     return found.report(seed), found.group_records(seed)
 
 
-def _evaluate_model(model: str, data: tuple[str, str | None, str], batch_size: int, seed: int, **columns: Any) -> Any:
-    """The report of a model, before and after its calibrator where it has one."""
-    from .attaching import attached_calibrator, folded_calibrator
+def _predict(model: str, data: tuple[str, str | None, str], batch_size: int, **columns: Any) -> tuple[Any, Any]:
+    """A model, calibrated if it was saved so, and its raw predictions."""
     from .predictions import collect_predictions
-    from .report import evaluate_calibration
 
     with _bars_on_a_terminal():
         classifier, tokenizer = _load_model(model)
         rows = _load_data(*data)
         found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
+    return classifier, found
+
+
+def _report_on(classifier: Any, found: Any, seed: int) -> Any:
+    """The report of a model, before and after its calibrator where it has one."""
+    from .report import evaluate_calibration
+
     probs, before = found.probs, None
-    if (calibrator := attached_calibrator(classifier) or folded_calibrator(classifier)) is not None:
+    if (calibrator := _calibrator_of(classifier)) is not None:
         probs, before = calibrator.log_probs(found.logits).exp(), probs
     return evaluate_calibration(probs, found.labels, before=before, seed=seed)
+
+
+def _calibrator_of(classifier: Any) -> Any:
+    from .attaching import attached_calibrator, folded_calibrator
+
+    return attached_calibrator(classifier) or folded_calibrator(classifier)
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Option(help="A Hub id or a folder: a calibrated sequence classifier.")],
+    dataset: Data,
+    split: Annotated[str, typer.Option(help="Rows that neither training nor fitting has seen.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder for the card, in place of the model's own.")
+    ] = None,
+    dataset_config: Config = None,
+    text_column: Text = ["text"],  # noqa: B006
+    label_column: Label = "label",
+    label_map: Map = [],  # noqa: B006
+    batch_size: Batch = 32,
+    seed: Seed = 0,
+) -> None:
+    """Print the table of other rows, and put it and its diagram into the calibrated model's card."""
+    from rich.console import Console
+
+    from .attaching import attached_calibrator
+    from .calibrators.storage import calibrator_folder
+    from .card_text import card_name
+    from .console import print_report
+    from .hub import check_new_folder, is_stock, task_of
+    from .model_card import update_model_card
+    from .publishing import card_of
+
+    _check_exists("model", model)
+    if output is not None:
+        check_new_folder("output", output)
+    elif not Path(model).is_dir():
+        raise ValueError(f"output: got none; allowed is a new folder, since {model} is no folder")
+    with _naming("model", model):
+        calibrator_folder(model)
+        card = card_of(model)
+    columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
+    classifier, found = _predict(model, (dataset, dataset_config, split), batch_size, **columns)
+    calibrator = _calibrator_of(classifier)
+    _check_unseen(calibrator.provenance, dataset, dataset_config, split, found)
+    table = _report_on(classifier, found, seed)
+    fit = {key: value for key, value in calibrator.provenance.items() if not key.startswith("report_")}
+    calibrator.provenance = fit | _later_rows(dataset, dataset_config, split)
+    console, folder = Console(), (output or Path(model)).resolve()
+    print_report(table, console)
+    names = update_model_card(
+        folder,
+        name=(card and card_name(card)) or _public(model),
+        calibrator=calibrator,
+        applied="folded" if attached_calibrator(classifier) is None else "attached",
+        task=task_of(classifier),
+        report=table,
+        stock=is_stock(classifier),
+        existing=card,
+    )
+    console.print(f"Wrote {' and '.join(names)} in {output or model}.", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_unseen(fit: dict[str, Any], dataset: str, config: str | None, split: str, found: Any) -> None:
+    """Raises a ValueError for the rows of the fit, as far as calibrator.json tells which these were."""
+    asked = _origin(dataset, split, config, "")
+    same_name = {key: fit[key] for key in ("dataset", "config", "split") if key in fit} == asked
+    if fit.get("fingerprint") == found.fingerprint() or (same_name and fit.get("rows") == len(found)):
+        raise ValueError(f"dataset: got {dataset}, the rows of the fit; allowed are rows that it has not seen")
+
+
+def _later_rows(dataset: str, config: str | None, split: str) -> dict[str, str]:
+    """What the card says of the rows of a report that was made after the fit."""
+    origin = _origin(dataset, split, config, "report_")
+    parts = ", ".join(f"{key.removeprefix('report_')} {value}" for key, value in origin.items())
+    return origin | {"report_rows": f"{parts}; reported on after the fit, by hf-calib report"}
+
+
+def _keep_card(card: str, folder: Path) -> None:
+    """Puts our section of the card that is in a folder into another one, which takes its place."""
+    from .card_text import merge_cards, read_model_card, rename_card, replace_model_card
+
+    replace_model_card(folder, merge_cards(rename_card(card, folder.name), read_model_card(folder)))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What hf-calib fit or save_calibrated wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME, or NAME for your own; made if it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made, only you and your team see it.")] = False,
+    token: Annotated[str | None, typer.Option(help="By default the one that this machine is logged in with.")] = None,
+) -> None:
+    """Push a calibrated folder to the Hub as it is, in one commit."""
+    from .publishing import check_calibrated_folder, push_folder
+
+    check_calibrated_folder(folder)
+    with _naming("repo_id", repo_id, "push to"):
+        pushed = push_folder(folder, repo_id, private=private or None, token=token)
+    if pushed.kept_card:
+        print("The repo's README.md keeps its text; the section on calibration is new.")
+    print(pushed.commit_url)
 
 
 def main() -> None:
@@ -229,10 +341,12 @@ def _public(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _origin(dataset: str, split: str, prefix: str) -> dict[str, str]:
+def _origin(dataset: str, split: str, config: str | None, prefix: str) -> dict[str, str]:
     """What calibrator.json says of rows; a file has no splits."""
-    name = {f"{prefix}dataset": _public(dataset)}
-    return name if Path(dataset).is_file() else {**name, f"{prefix}split": split}
+    found = {"dataset": _public(dataset)}
+    if not Path(dataset).is_file():
+        found |= {"config": config, "split": split}
+    return {f"{prefix}{key}": value for key, value in found.items() if value is not None}
 
 
 @contextmanager
@@ -245,7 +359,7 @@ def _bars_on_a_terminal() -> Iterator[None]:
 
 
 @contextmanager
-def _naming(argument: str, value: str) -> Iterator[None]:
+def _naming(argument: str, value: str, deed: str = "load") -> Iterator[None]:
     """The libraries' own messages do not say which argument was wrong, and their builders raise anything."""
     try:
         yield
@@ -253,7 +367,8 @@ def _naming(argument: str, value: str) -> Iterator[None]:
         if isinstance(error, ValueError) and str(error).startswith(f"{argument}:"):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{argument}: cannot load {value!r}: {lines[0]}") from error
+        said = f" ({said})" if (said := getattr(error, "server_message", None)) else ""  # by the Hub
+        raise ValueError(f"{argument}: cannot {deed} {value!r}: {lines[0]}{said}") from error
 
 
 def _check_exists(argument: str, name: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .calibrators import Calibrator
+from .card_text import END, START, TAGS, check_card, merge_cards, replace_model_card
 from .report import TITLES, CalibrationReport
 
 
-CARD_NAME = "README.md"
 DIAGRAM_NAME = "reliability.png"
 DIAGRAM_DPI = 150
 IMPORT = "import hf_calib\n"
@@ -63,6 +65,7 @@ def write_model_card(
     task: str,
     report: CalibrationReport | None,
     stock: bool,
+    existing: str | None = None,
 ) -> None:
     """Writes `README.md`, and `reliability.png` where there is a report and matplotlib, into a model's folder.
 
@@ -74,19 +77,37 @@ def write_model_card(
         task (`str`): the Hub's name of it, a key of `TASKS`.
         report ([`CalibrationReport`], *optional*): the numbers.
         stock (`bool`): transformers knows the architecture without this library.
+        existing (`str`, *optional*): the text of a card that is there already: only our section and our metadata are
+            put into it, as by `merge_cards`.
+    Raises:
+        ValueError: `existing` is malformed. The card that is there is left as it is.
     """
-    from huggingface_hub import ModelCard
-
+    if existing is not None:
+        check_card(existing)  # before the diagram is replaced
     diagram = report is not None and bool(report.events) and write_diagram(folder / DIAGRAM_NAME, report)
     parts = [
-        f"---\n{_metadata(name, calibrator, task, report)}\n---",
-        f"# {name}",
-        _introduction(calibrator, applied, task),
+        START,
+        f"## Calibration\n\n{_introduction(calibrator, applied, task)}",
         _results(report, diagram),
-        f"## How to use it\n\n```python\n{usage(name, applied, task, stock)}\n```",
+        f"### How to load it\n\n```python\n{usage(name, applied, task, stock)}\n```",
         _fit(calibrator),
+        END,
     ]
-    ModelCard("\n\n".join(part for part in parts if part) + "\n").save(folder / CARD_NAME)
+    section = "\n\n".join(part for part in parts if part)
+    card = f"---\n{_metadata(name, calibrator, task, report)}\n---\n\n# {name}\n\n{section}\n"
+    replace_model_card(folder, merge_cards(existing or card, card))
+
+
+def update_model_card(folder: Path, **card: Any) -> list[str]:
+    """As `write_model_card`, into any folder, each file whole or not at all; their names."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+        write_model_card(Path(partial), **card)
+        names = sorted(path.name for path in Path(partial).iterdir())
+        folder.mkdir(exist_ok=True)
+        for name in reversed(names):  # the card last, which shows the diagram
+            os.replace(Path(partial) / name, folder / name)
+    return names
 
 
 def write_diagram(path: Path, report: CalibrationReport) -> bool:
@@ -133,6 +154,7 @@ def _metadata(name: str, calibrator: Calibrator, task: str, report: CalibrationR
             "task_type": task,
             "dataset_type": dataset,
             "dataset_name": dataset,
+            "dataset_config": data.get("report_config"),
             "dataset_split": data.get("report_split"),
         }
         results = [
@@ -143,7 +165,7 @@ def _metadata(name: str, calibrator: Calibrator, task: str, report: CalibrationR
         base_model=_hub_id(calibrator.provenance.get("model", "")),
         library_name="transformers",
         pipeline_tag=task,
-        tags=["calibration", "hf_calib"],
+        tags=list(TAGS),
         model_name=name,
         eval_results=results,
     )
@@ -172,12 +194,13 @@ def _results(report: CalibrationReport | None, diagram: bool) -> str:
     if report is None:
         return ""
     picture = f"\n\n![Reliability diagram before and after calibration]({DIAGRAM_NAME})" if diagram else ""
-    return f"## Calibration\n\n{report.to_markdown()}{picture}"
+    return f"### Before and after\n\n{report.to_markdown()}{picture}"
 
 
 def _fit(calibrator: Calibrator) -> str:
     names = {
         "dataset": "Data set",
+        "config": "Configuration",
         "split": "Split",
         "rows": "Rows",
         "fingerprint": "Fingerprint of logits and labels",
@@ -187,4 +210,4 @@ def _fit(calibrator: Calibrator) -> str:
     ]
     if "report_rows" in calibrator.provenance:
         known.append(f"- The table's rows: {calibrator.provenance['report_rows']}")
-    return "## What the calibrator was fitted on\n\n" + "\n".join(known) if known else ""
+    return "### What the calibrator was fitted on\n\n" + "\n".join(known) if known else ""

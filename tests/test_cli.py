@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,10 +10,12 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import ModelCard
 from pyarrow import parquet
 from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, pipeline
 
 import hf_calib
+from hf_calib.card_text import END, START
 from hf_calib.cli import main
 
 from .tiny import mostly_predicted, save_sentiment_classifier
@@ -120,6 +123,117 @@ def test_the_table_can_be_of_other_rows(place, monkeypatch, capsys):
     assert "40 rows; in brackets" in (shown := capsys.readouterr().out)
     assert "The table's rows: other rows than those of the fit." in shown
     assert "type: others.jsonl" in (place / "made" / "README.md").read_text()
+
+
+THEIRS = "---\nlicense: mit\nlanguage: no\n---\n# Mine\n\nMy own words.\n"
+
+
+def test_fit_keeps_the_card_of_its_model(place, monkeypatch, capsys):
+    (place / "model" / "README.md").write_text(THEIRS)
+    line = "fit --dataset rows.csv --method temperature"
+    assert run(monkeypatch, f"{line} --model model --output made") == 0
+    first = (place / "made" / "README.md").read_text()
+    assert first.startswith("---\nlicense: mit\nlanguage: no\nlibrary_name: transformers\n")
+    _, section = first.split("# Mine\n\nMy own words.\n\n")
+    assert section.startswith(START)
+    assert section.endswith(f"{END}\n")
+    assert 'model="made"' in section
+    assert run(monkeypatch, f"{line} --model made --output again") == 0
+    again = (place / "again" / "README.md").read_text()
+    expected = first.replace('"made"', '"again"').replace("name: made\n", "name: again\n")
+    fingerprint = re.compile(r"(?<=labels: )\w+")  # of logits that were folded and unfolded in between
+    assert fingerprint.sub("", again) == fingerprint.sub("", expected)
+    assert (place / "model" / "README.md").read_text() == THEIRS
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("default:model")
+def test_fit_says_that_a_malformed_card_is_not_kept(place, monkeypatch, capsys):
+    (place / "model" / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n")
+    assert run(monkeypatch, "fit --model model --dataset rows.csv --output made --method temperature") == 0
+    assert "warning: model: the new card does not keep the text of its card (README.md: the" in capsys.readouterr().err
+    assert "\n# made\n" in (place / "made" / "README.md").read_text()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def fitted(place, monkeypatch, capsys):
+    """A calibrated model whose card somebody has written in, and rows that are not those of its fit."""
+    assert run(monkeypatch, "fit --model model --dataset rows.jsonl --output made --method isotonic") == 0
+    card = (place / "made" / "README.md").read_text()
+    (place / "made" / "README.md").write_text(f"{card.replace('# made', '# Mine')}\nMy own words.\n")
+    texts = [f"{'fine' if row % 2 else 'poor'} {row}" for row in range(50)]
+    Dataset.from_dict({"text": texts, "label": mostly_predicted("model", texts)}).to_json("later.jsonl")
+    capsys.readouterr()
+    return place / "made"
+
+
+def test_report_puts_other_rows_into_the_card_and_changes_nothing_else(fitted, monkeypatch, capsys):
+    before, others = contents(fitted), set(fitted.parent.iterdir())
+    assert run(monkeypatch, "evaluate --model made --dataset later.jsonl") == 0
+    table = capsys.readouterr().out
+    assert run(monkeypatch, "report --model made --dataset later.jsonl") == 0
+    assert capsys.readouterr().out == f"{table}Wrote README.md and reliability.png in made.\n"
+    after = contents(fitted)
+    assert {name for name in before if after[name] != before[name]} == {"README.md", "reliability.png"}
+    assert set(after) == set(before)
+    assert set(fitted.parent.iterdir()) == others
+    old, new = (files["README.md"].decode() for files in (before, after))
+    assert new.split(START)[0].split("---\n")[2] == "\n# Mine\n\n"
+    assert new.endswith(f"{END}\n\nMy own words.\n")
+    assert ("50 rows; in brackets" in old, "50 rows; in brackets" in new) == (False, True)
+    assert 'hf_calib.load_calibrated("made")' in new
+    assert "- Data set: rows.jsonl\n- Rows: 60\n" in new
+    assert "- The table's rows: dataset later.jsonl; reported on after the fit, by hf-calib report\n" in new
+    sets = {result.dataset_type: result for result in ModelCard(new).data.eval_results}
+    assert set(sets) == {"rows.jsonl", "later.jsonl"}, "the numbers of the fit are still those of its rows"
+    assert run(monkeypatch, "report --model made --dataset later.jsonl") == 0
+    assert contents(fitted)["README.md"] == after["README.md"]
+
+
+def test_report_into_a_new_folder_leaves_the_model_alone(fitted, monkeypatch, capsys):
+    (fitted.parent / "rows").mkdir()
+    shutil.copy("later.jsonl", "rows/test.jsonl")
+    before = contents(fitted)
+    assert run(monkeypatch, "report --model made --dataset rows --output new/card") == 0
+    assert contents(fitted) == before
+    assert set(contents(fitted.parent / "new" / "card")) == {"README.md", "reliability.png"}
+    card = (fitted.parent / "new" / "card" / "README.md").read_text()
+    assert 'hf_calib.load_calibrated("made")' in card
+    assert "- The table's rows: dataset rows, split test; reported on after" in card
+    assert {result.dataset_split for result in ModelCard(card).data.eval_results} == {None, "test"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("report --model made --dataset rows.jsonl", ["dataset", "rows.jsonl", "the rows of the fit"]),
+        ("report --model made --dataset rows.jsonl --batch-size 1", ["dataset", "rows.jsonl", "the rows of the fit"]),
+        ("report --model made --dataset rows.csv", ["dataset", "rows.csv", "the rows of the fit"]),
+        ("report --model made --dataset later.jsonl --output model", ["output", "model exists already"]),
+        ("report --model model --dataset later.jsonl", ["model", "'model'", "holds no calibrator.json"]),
+        ("report --model malformed --dataset later.jsonl", ["model", "'malformed'", "README.md", "not valid YAML"]),
+        ("push model me/mine", ["model", "holds no calibrator.json"]),
+        ("push made me/mine", ["made", "training_args.bin", "no pickles"]),
+        ("push malformed me/mine", ["README.md", "not valid YAML"]),
+        ("push calibrated-tokens me/mine", ["repo_id", "cannot push to 'me/mine'", "offline"]),
+    ],
+)
+def test_report_and_push_refuse_in_one_line(line, words, fitted, monkeypatch, capsys):
+    shutil.copytree(fitted, "malformed")
+    (fitted.parent / "malformed" / "README.md").write_text("---\nlicense: [mit\n---\n# Mine\n")
+    (fitted / "training_args.bin").touch()
+    before = sorted(fitted.parent.rglob("*"))
+    assert run(monkeypatch, line) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("hf-calib: ")
+    for word in words:
+        assert word in err
+    assert sorted(fitted.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("method", ["isotonic", "temperature"])

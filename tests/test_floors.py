@@ -16,10 +16,11 @@ PACKAGE = Path(hf_calib.__file__).parent
 FLOORS = (
     {"functional", "version"},
     {"calibrators", "losses", "metrics"},
-    {"model_card", "plots", "report"},
+    {"card_text", "model_card", "plots", "report"},
     {
         "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub",
-        "measuring", "models", "pipelines", "prediction_files", "predictions", "probing", "training",
+        "measuring", "models", "pipelines", "prediction_files", "predictions", "probing",
+        "publishing", "training",
     },
     {"cli", "console", "demo"},
 )  # fmt: skip

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from hf_calib import CalibrationReport, attach_calibrator, evaluate_calibration, fold_calibrator, save_calibrated
 from hf_calib.attaching import attached_calibrator
-from hf_calib.model_card import usage, write_model_card
+from hf_calib.card_text import END, START
+from hf_calib.model_card import update_model_card, usage, write_model_card
 
 
 PROVENANCE = {
@@ -39,7 +40,7 @@ def calibrator(temperature):
 TASK = "text-classification"
 
 
-def card_of(folder, calibrator, applied="attached", report=None, name="org/mood: a name"):
+def card_of(folder, calibrator, applied="attached", report=None, name="org/mood: a name", existing=None):
     write_model_card(
         folder,
         name=name,
@@ -48,6 +49,7 @@ def card_of(folder, calibrator, applied="attached", report=None, name="org/mood:
         task=TASK,
         report=report,
         stock=True,
+        existing=existing,
     )
     return ModelCard.load(folder / "README.md")
 
@@ -150,6 +152,106 @@ def test_the_values_are_of_the_data_that_the_report_is_about(calibrator, report,
     assert {result.dataset_name for result in card_of(tmp_path, calibrator, report=report).data.eval_results} == {
         "org/other"
     }
+
+
+def test_the_section_lies_between_its_markers(calibrator, report, tmp_path):
+    card = card_of(tmp_path, calibrator, report=report).text
+    assert card.startswith(f"\n# org/mood: a name\n\n{START}\n\n## Calibration\n\nA text classifier with")
+    assert card.endswith(f"\n- The table's rows: a test split\n\n{END}\n")
+    headings = re.findall(r"^#+ .*$", card, flags=re.MULTILINE)
+    wanted = ["Before and after", "How to load it", "What the calibrator was fitted on"]
+    assert headings[2:] == [f"### {title}" for title in wanted]
+
+
+THEIRS = "---\nlicense: mit\nlanguage: no\ncustom: {a: [1.10]}\ntags: [mood]\n---\n# Mine\n\nMy own words.\n"
+
+
+def test_a_card_that_is_there_keeps_all_that_is_not_ours(calibrator, report, tmp_path):
+    card_of(tmp_path, calibrator, report=report)
+    fresh = (tmp_path / "README.md").read_text()
+    card_of(tmp_path, calibrator, report=report, existing=THEIRS)
+    first = (tmp_path / "README.md").read_bytes()
+    head, text = first.decode().split("\n---\n")
+    assert text == f"# Mine\n\nMy own words.\n\n{fresh[fresh.index(START) :]}"
+    assert head.startswith(
+        "---\nlicense: mit\nlanguage: no\ncustom: {a: [1.10]}\ntags: [mood, calibration, hf_calib]\n"
+    )
+    assert "pipeline_tag: text-classification\n" in head
+    assert fresh[fresh.index("model-index:") : fresh.index("\n---\n\n#")] in head
+    card_of(tmp_path, calibrator, report=report, existing=first.decode())
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+def test_written_again_it_is_the_same(calibrator, report, tmp_path):
+    card_of(tmp_path, calibrator, report=report)
+    first = (tmp_path / "README.md").read_bytes()
+    card_of(tmp_path, calibrator, report=report, existing=first.decode())
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+def test_windows_line_ends_stay(calibrator, report, tmp_path):
+    card_of(tmp_path, calibrator, report=report, existing=THEIRS.replace("\n", "\r\n"))
+    content = (tmp_path / "README.md").read_bytes()
+    assert content.count(b"\n") == content.count(b"\r\n") > 60
+
+
+def test_a_malformed_card_stays_as_it_is(calibrator, report, tmp_path):
+    (tmp_path / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(ValueError, match=r"^README\.md: the metadata is not valid YAML"):
+        card_of(tmp_path, calibrator, report=report, existing="---\na: [\n---\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "---\na: [\n---\n"
+
+
+def test_numbers_of_other_data_and_other_metrics_stay(calibrator, report, tmp_path):
+    first = card_of(tmp_path, calibrator, report=report)
+    calibrator.provenance |= {"report_split": "later", "report_config": "small"}
+    both = card_of(tmp_path, calibrator, report=report, existing=first.content).data.eval_results
+    splits = [(result.dataset_config, result.dataset_split, result.metric_type) for result in both]
+    assert splits == [
+        *((None, "test", name) for name in report.after),
+        *(("small", "later", name) for name in report.after),
+    ]
+
+
+def test_a_card_is_updated_in_a_new_folder_or_in_its_own(calibrator, report, tmp_path):
+    options = {"name": "mood", "calibrator": calibrator, "applied": "attached", "task": TASK, "stock": True}
+    folder = tmp_path / "new" / "mood"
+    assert update_model_card(folder, report=report, **options) == ["README.md", "reliability.png"]
+    (folder / "weights").write_text("here")
+    assert update_model_card(folder, report=None, **options) == ["README.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "reliability.png", "weights"]
+    assert report.to_markdown() not in (folder / "README.md").read_text()
+    assert list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(ValueError, match=r"^README\.md"):
+        update_model_card(tmp_path / "other", report=report, existing="---\na: [\n---\n", **options)
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+def validate_client():
+    from pathlib import Path
+
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import metadata_load
+
+    for path in sorted(Path().glob("*.md")):
+        card = ModelCard.load(path)
+        card.validate()
+        for result in card.data.eval_results:
+            print(
+                path.stem, metadata_load(path)["tags"], result.dataset_split, result.metric_type, result.metric_value
+            )
+
+
+def test_the_hubs_client_reads_the_cards_and_validates_them(loopback_hub, calibrator, report, tmp_path):
+    for name, existing in (("fresh", None), ("merged", THEIRS)):
+        card_of(tmp_path, calibrator, report=report, existing=existing)
+        (tmp_path / "README.md").rename(tmp_path / f"{name}.md")
+    values = [f"{name} {estimate.value:.6f}".rstrip("0") for name, estimate in report.after.items()]
+    assert loopback_hub.run(validate_client, tmp_path).splitlines() == [
+        *(f"fresh ['calibration', 'hf_calib'] test {value}" for value in values),
+        *(f"merged ['mood', 'calibration', 'hf_calib'] test {value}" for value in values),
+    ]
 
 
 @pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
