@@ -220,7 +220,8 @@ def report(
     from .calibrators.storage import calibrator_folder
     from .card_text import card_name
     from .console import print_report
-    from .hub import check_new_folder, is_stock, task_of
+    from .folders import check_new_folder
+    from .hub import is_stock, task_of
     from .model_card import update_model_card
     from .publishing import card_of
 

@@ -36,9 +36,11 @@ from .attaching import (
     write_beside,
 )
 from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
+from .card_text import read_model_card
 from .folders import ADAPTER_CONFIG, check_new_folder, check_replaceable, new_folder
 from .model_card import write_model_card
 from .models import CalibTransformerConfig
+from .publishing import read_hub_card
 from .report import CalibrationReport
 
 
@@ -83,7 +85,7 @@ def save_calibrated(
         processing_class (*optional*): the tokenizer to save beside it.
         report ([`CalibrationReport`], *optional*): for the model card's table and, with matplotlib, its diagram.
         overwrite (`bool`): replace the model and the calibrator that `path` holds, by an exchange of two folders that
-            cannot be seen half done on Linux and macOS; its other files stay.
+            cannot be seen half done on Linux and macOS; its other files, and the text of its card, stay.
     Returns:
         the folder.
     Raises:
@@ -94,7 +96,7 @@ def save_calibrated(
     check_calibrated(model)
     check_replaceable("path", path) if overwrite else check_new_folder("path", path)
     with new_folder(path) as folder:
-        _write(model, folder, processing_class, report, path.name)
+        _write(model, folder, processing_class, report, path.name, read_model_card(path))
     return path
 
 
@@ -107,7 +109,7 @@ def push_calibrated(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Pushes what `save_calibrated` saves to the Hub, in one commit.
+    """Pushes what `save_calibrated` saves to the Hub, in one commit. A card that is there keeps its text.
 
     Args:
         model, processing_class, report: as in `save_calibrated`.
@@ -124,7 +126,8 @@ def push_calibrated(
     if "/" not in repo_id:  # the Hub takes an upload by the full name only, and so do the card's lines
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, Path(folder), processing_class, report, repo_id)
+        existing = read_hub_card(repo_id, token=token) if api.repo_exists(repo_id) else None
+        _write(model, Path(folder), processing_class, report, repo_id, existing)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -268,8 +271,14 @@ def task_of(model: PreTrainedModel) -> str:
 
 
 def _write(
-    model: PreTrainedModel, folder: Path, processing_class: Any, report: CalibrationReport | None, name: str
+    model: PreTrainedModel,
+    folder: Path,
+    processing_class: Any,
+    report: CalibrationReport | None,
+    name: str,
+    existing: str | None,
 ) -> None:
+    """Fills a folder; of a card that exists already, only our section is replaced."""
     type(model).save_pretrained(model, folder)
     write_beside(model, folder)
     if processing_class is not None:
@@ -284,6 +293,7 @@ def _write(
         report=report,
         task=task_of(model),
         stock=is_stock(model),
+        existing=existing,
     )
 
 

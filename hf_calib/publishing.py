@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
 from .card_text import CARD_NAME, check_card, merge_cards, read_model_card, rename_card
+from .folders import CONFIGS
 
 
-CONFIGS = ("config.json", "adapter_config.json")  # of whole models and of adapters
 PICKLES = (".bin", ".pt", ".pkl", ".ckpt", ".pth")
 
 

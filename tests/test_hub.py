@@ -305,6 +305,8 @@ def test_a_failure_leaves_nothing_behind(error, existing, calibrated, tokens, tm
 
 def test_a_model_is_replaced_and_what_else_is_there_stays(saved, classifier, tokens, temperature):
     (saved / "notes.txt").write_text("mine")
+    card = (saved / "README.md").read_text().replace("\n# saved\n", "\n# saved\n\nTrained by hand.\n")
+    (saved / "README.md").write_text(card)
     (saved / "logs").mkdir()
     (saved / "logs" / "loss.txt").write_text("0.1")
     (saved / "model-00001-of-00002.safetensors").write_bytes(b"of a model before")
@@ -313,6 +315,7 @@ def test_a_model_is_replaced_and_what_else_is_there_stays(saved, classifier, tok
     save_calibrated(attach_calibrator(other, temperature), saved, overwrite=True)
     assert set(state_of_files(saved)) == FILES | {"notes.txt", "logs/loss.txt"}
     assert (saved / "notes.txt").read_text() == "mine"
+    assert "Trained by hand." in (saved / "README.md").read_text()
     assert torch.equal(probs_of(load_calibrated(saved), tokens), probs_of(other, tokens))
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -486,7 +489,7 @@ def push_client():
 
     import pytest
     import torch
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     import hf_calib
@@ -509,6 +512,14 @@ def push_client():
                 assert torch.equal(probs_of(hf_calib.load_calibrated(repo_id)), probs_of(model))
     assert torch.equal(probs_of(AutoModelForSequenceClassification.from_pretrained("org/folded")), probs_of(model))
     hf_calib.push_calibrated(model, "no-owner", private=True)
+
+    hf_calib.push_calibrated(model, "org/kept")
+    card = Path(hf_hub_download("org/kept", "README.md")).read_text()
+    own = card.replace("# org/kept\n", "# org/kept\n\nTrained by hand.\n")
+    uploads = {"README.md": own, "model-00001-of-00002.safetensors": "of a model before"}
+    for name, content in uploads.items():
+        HfApi().upload_file(path_or_fileobj=content.encode(), path_in_repo=name, repo_id="org/kept")
+    hf_calib.push_calibrated(model, "org/kept")
 
     for repo_id in ("org/attached", "org/folded"):  # the card's own lines
         scope, card = {}, Path(hf_hub_download(repo_id, "README.md")).read_text()
@@ -538,3 +549,8 @@ def test_a_repo_is_one_commit_without_pickles_and_comes_back(
         assert set(loopback_hub.files(f"org/{name}-by-itself")) >= FILES
         assert len(loopback_hub.commits(f"org/{name}-by-itself")) == 1
     assert '"loopback/no-owner"' in loopback_hub.files("loopback/no-owner")["README.md"].decode()
+    kept = loopback_hub.files("org/kept")
+    assert "\n# org/kept\n\nTrained by hand.\n" in kept["README.md"].decode()
+    assert "model.safetensors" in kept
+    assert "model-00001-of-00002.safetensors" not in kept
+    assert len(loopback_hub.commits("org/kept")) == 4
