@@ -22,7 +22,8 @@ always what is true. Labelled examples correct that, in a second step that sees 
 
     reader = pipeline("calibrated-question-answering", model=model, tokenizer=tokenizer, calibrator="answers")
 
-Save that calibrator into a folder of its own: beside a model, `calibrator.json` is the model's.
+Fit it on what it will map: the best answers, by the same model and its calibrator, with the same options. Save it into
+a folder of its own: beside a model, `calibrator.json` is the model's. A saved pipeline does not hold it.
 """
 
 from __future__ import annotations
