@@ -23,7 +23,9 @@ from hf_calib import (
     CalibTransformerForConditionalGeneration,
     CalibTransformerForQuestionAnswering,
     IsotonicCalibration,
+    TemperatureScaling,
     attach_calibrator,
+    fold_calibrator,
 )
 from hf_calib.calibrators import GroupTemperature, PlattScaling
 from hf_calib.pipelines import CalibratedQuestionAnsweringPipeline, _surprise, _text_tokens, log_odds
@@ -206,12 +208,12 @@ def test_windows_of_several_questions_share_batches(reader, tokenizer):
         check_answers(found, count_out(reader, QUESTION, example["context"], null=True)[0], example["context"])
 
 
-def test_a_model_calibrated_in_its_weights_gives_the_probabilities_of_its_logits(reader, tokenizer):
+@pytest.mark.parametrize("apply", [attach_calibrator, fold_calibrator])
+def test_a_calibrated_model_gives_the_probabilities_of_its_logits(apply, reader, tokenizer):
     expected, _ = count_out(reader, QUESTION, LONG, null=True, heat=2.5)
-    calibrated = copy.deepcopy(reader)
-    with torch.no_grad():
-        calibrated.qa_outputs.weight /= 2.5
-        calibrated.qa_outputs.bias /= 2.5
+    calibrator = TemperatureScaling()
+    calibrator.set_tensors({"temperature": torch.tensor(2.5)}, num_labels=2)
+    calibrated = apply(copy.deepcopy(reader), calibrator)
     check_answers(answers_of(calibrated, tokenizer)(question=QUESTION, context=LONG, **ALL), expected, LONG)
     assert max(expected.values()) < 0.8 * max(count_out(reader, QUESTION, LONG, null=True)[0].values())
 

@@ -120,6 +120,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be a calibrator") from None
     if not isinstance(record, dict) or record.get("library") != "hf_calib":
         raise ValueError(f'{path}: not a calibrator of this library ("library" must be "hf_calib")')
     num_labels, names = build_calibrator(record, path).num_labels, record.get("label_names")

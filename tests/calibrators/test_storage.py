@@ -1,6 +1,8 @@
 """Storage: two plain files, and a clear error for each way in which they can be wrong."""
 
 import json
+import pickle
+import struct
 
 import pytest
 import safetensors
@@ -220,6 +222,34 @@ def test_truncated_tensors(folder, length):
     path = folder / "calibrator.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"calibrator\.safetensors: not a readable safetensors file"):
+        AutoCalibrator.from_pretrained(folder)
+
+
+FOREIGN = {
+    "a pickle": pickle.dumps({"temperature": 2.0}),
+    "a header of 10 GB": struct.pack("<Q", 10 * 2**30) + b"{}",
+    "a header of 2**63 bytes": struct.pack("<Q", 2**63) + b"{}",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_tensors(folder, content):
+    (folder / "calibrator.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"calibrator\.safetensors: not a readable .*header too large"):
+        AutoCalibrator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"library": "hf_calib", "members": ' + "[" * 100_000])
+def test_deep_nesting(folder, text):
+    (folder / "calibrator.json").write_text(text)
+    with pytest.raises(ValueError, match=r"calibrator\.json: nested too deeply to be a calibrator"):
+        AutoCalibrator.from_pretrained(folder)
+
+
+def test_no_file_is_opened_that_the_json_names(folder):
+    path = folder / "calibrator.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "file": "../../secret"}))
+    with pytest.warns(UserWarning, match="ignoring file"):
         AutoCalibrator.from_pretrained(folder)
 
 
