@@ -27,6 +27,7 @@ from ..attaching import (
     in_eval_mode,
     is_folded,
     uncalibrated,
+    without_adapters,
 )
 from ..calibrators import CALIBRATORS, Calibrator, select_calibrator
 from ..calibrators.selection import PREFER_SINGLE
@@ -155,7 +156,7 @@ class CalibrationTrainer(Trainer):
     def _inputs_of_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without its labels; of these, an encoder-decoder needs what its decoder has to continue."""
         kept = {name: value for name, value in inputs.items() if name != "labels"}
-        model = _base_model(self.model)
+        model = without_adapters(self.model)
         decodes = generates_text(model) and model.config.is_encoder_decoder
         if decodes and kept.keys().isdisjoint(("decoder_input_ids", "decoder_inputs_embeds")):
             kept["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
@@ -212,7 +213,7 @@ class CalibrationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`, with an attached calibrator suspended and a folded one forgotten; warns of either."""
-        if self.model is not None and is_folded(base := _base_model(self.model)):
+        if self.model is not None and is_folded(base := without_adapters(self.model)):
             forget_folded(base)
             warnings.warn(
                 "The calibrator in the model's weights is forgotten, because training changes them. "
@@ -221,7 +222,7 @@ class CalibrationTrainer(Trainer):
             )
         with uncalibrated(self.model):
             output = super().train(*args, **kwargs)
-        if _calibrated_model(self.model) is not None:
+        if attached_calibrator(self.model) is not None:
             warnings.warn(
                 "The attached calibrator was fitted before this training and does not fit the model any more. "
                 "Fit it again: trainer.calibrate(dataset).",
@@ -251,8 +252,8 @@ class CalibrationTrainer(Trainer):
         """
         name = self.args.calibrator if calibrator is None else calibrator
         check_calibrator_name(name)
-        check_not_folded(_base_model(self.model))
-        streams = generates_text(_base_model(self.model))
+        check_not_folded(without_adapters(self.model))
+        streams = generates_text(without_adapters(self.model))
         if streams and name not in STREAMING:
             raise ValueError(f"calibrator: got {name!r}; allowed for a language model are {', '.join(STREAMING)}")
         self._refuse_seen_rows(dataset)
@@ -265,8 +266,8 @@ class CalibrationTrainer(Trainer):
                 if name == "auto"
                 else CALIBRATORS[name]().fit(logits, labels)
             )
-        if (calibrated := _calibrated_model(self.model)) is not None:
-            detach_calibrator(calibrated)
+        if attached_calibrator(self.model) is not None:
+            detach_calibrator(self.model)
         attach_calibrator(self.model, fitted)
         return attached_calibrator(self.model)
 
@@ -332,7 +333,7 @@ class CalibrationTrainer(Trainer):
         """Raises a ValueError if rows of `dataset` are in `self.train_dataset`; warns where that cannot be told."""
         if self.train_dataset is None:
             return
-        columns = _input_columns(self.train_dataset, dataset, _base_model(self.model))
+        columns = _input_columns(self.train_dataset, dataset, without_adapters(self.model))
         if not columns:
             warnings.warn(
                 "It cannot be checked whether training has seen rows of the calibration dataset: it or train_dataset "
@@ -352,7 +353,7 @@ class CalibrationTrainer(Trainer):
 
 def _check_model(model: nn.Module) -> None:
     """Raises a ValueError unless the model has a head and a configuration that the loss is right for."""
-    model = _base_model(model)
+    model = without_adapters(model)
     names = [base.__name__ for base in type(model).__mro__]
     if isinstance(model, PreTrainedModel) and generates_text(model):
         return
@@ -372,14 +373,9 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """The `transformers` model inside of PEFT's wrapper, which is told by its method: peft need not be installed."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _predicts_next(model: nn.Module) -> bool:
     """Whether the logits at a place are for the token after it, which its labels have one place further on."""
-    model = _base_model(model)
+    model = without_adapters(model)
     return generates_text(model) and not model.config.is_encoder_decoder
 
 
@@ -388,11 +384,6 @@ def _without_first_label(batch: Any) -> Any:
     if not isinstance(batch, Mapping) or batch.get("labels") is None:
         return batch
     return {**batch, "labels": F.pad(batch["labels"][..., 1:], (1, 0), value=IGNORED_LABEL)}
-
-
-def _calibrated_model(model: nn.Module) -> nn.Module | None:
-    """The model that carries a calibrator: this one, or the one that PEFT wrapped after it had been calibrated."""
-    return next((part for part in (model, _base_model(model)) if attached_calibrator(part) is not None), None)
 
 
 def _first_output(predictions: Any, labels: torch.Tensor) -> torch.Tensor:
