@@ -37,6 +37,8 @@ from hf_calib import (
 from hf_calib.attaching import folded_calibrator
 from hf_calib.folding import remove_calibrator
 
+from .forged import change_json, sign
+
 
 APPLY = {"attached": attach_calibrator, "folded": fold_calibrator}
 FILES = {"README.md", "calibrator.json", "calibrator.safetensors", "config.json", "model.safetensors"}
@@ -71,8 +73,8 @@ def state(folder):
 
 
 def change(folder, **changes):
-    path = folder / "calibrator.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(folder, **changes)
+    sign(folder)
 
 
 # -- one folder

@@ -14,6 +14,7 @@ from hf_calib import IsotonicCalibration, attach_calibrator, evaluate_calibratio
 from hf_calib.card_text import START
 from hf_calib.publishing import card_of, card_to_keep, check_calibrated_folder
 
+from .forged import change_json, sign
 from .loopback_hub import File, HubError, LoopbackHub, _Handler
 from .tiny import make_classifier, make_tokenizer, mostly_predicted, save_sentiment_classifier
 
@@ -274,8 +275,8 @@ def test_a_saved_folder_is_fine(saved):
 
 
 def change(folder, **changes):
-    path = folder / "calibrator.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    change_json(folder, **changes)
+    sign(folder)
 
 
 @pytest.mark.parametrize(

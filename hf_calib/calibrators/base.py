@@ -176,6 +176,10 @@ class Calibrator(nn.Module):
             for name, tensor in member.tensors().items()
         }
 
+    def expected_members(self, num_labels: int) -> tuple[int, int]:
+        """How many members there are once this is fitted, and the `num_labels` of each."""
+        return (num_labels, 1) if self.task == "multilabel" else (0, 0)
+
     def own_tensor_names(self) -> tuple[str, ...]:
         """Names of the tensors beside those of the members: with several labels there are none."""
         return () if self.task == "multilabel" else self.tensor_names

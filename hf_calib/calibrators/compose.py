@@ -41,6 +41,11 @@ class ComposedCalibrator(Calibrator):
         self.needs_groups = any(member.needs_groups for member in self.templates)
         self.members = nn.ModuleList(members)
 
+    def expected_members(self, num_labels: int) -> tuple[int, int]:
+        if self.task == "multilabel":
+            return super().expected_members(num_labels)
+        return len(self.templates), 2 if self.task == "binary" else num_labels
+
     def _unfitted(self, num_labels: int) -> list[Calibrator]:
         return [type(self)(self.templates, **(self.settings() | {"task": "binary"})) for _ in range(num_labels)]
 
@@ -136,6 +141,9 @@ class OneVsRest(ComposedCalibrator):
         super().__init__([member] if isinstance(member, Calibrator) else member, task=task)
         if self.needs_groups:
             raise ValueError("member: got a calibrator of groups; allowed are those of logits alone")
+
+    def expected_members(self, num_labels: int) -> tuple[int, int]:
+        return super().expected_members(num_labels) if self.task else (num_labels, 2)
 
     def _fit_rows(self, rows: FitRows) -> tuple[dict[str, torch.Tensor], list[Calibrator]]:
         columns = two_class_logits(log_odds(rows.logits)).unbind(-2)

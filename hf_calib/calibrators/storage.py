@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from ..version import __version__
 from .base import Calibrator
@@ -22,7 +23,7 @@ TENSORS_NAME = "calibrator.safetensors"
 # `applied` and `weights` are written by whoever saves a model beside the calibrator.
 KNOWN_KEYS = {
     *("library", "library_version", "type", "settings", "members", "num_labels", "label_names", "fit"),
-    *("applied", "weights"),
+    *("applied", "weights", "sha256"),
 }
 
 
@@ -75,11 +76,19 @@ def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None
         "fit": calibrator.provenance,
         **extra,
     }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in calibrator.tensors().items()}
+    content = save(tensors, metadata={"format": "pt"})
+    record["sha256"] = calibrator_sha256(record, content)
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"  # before any file is touched: it may fail
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in calibrator.tensors().items()}
-    save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
-    (folder / JSON_NAME).write_text(text, encoding="utf-8")
+    _replace(folder / TENSORS_NAME, content)
+    _replace(folder / JSON_NAME, text.encode())
+
+
+def calibrator_sha256(record: dict[str, Any], content: bytes) -> str:
+    """Hash of both files: of all else that the JSON says, however it is laid out, and of the tensors' file."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode() + content).hexdigest()
 
 
 def describe_calibrator(calibrator: Calibrator) -> dict[str, Any]:
@@ -94,8 +103,9 @@ def describe_calibrator(calibrator: Calibrator) -> dict[str, Any]:
 
 def build_calibrator(record: Any, path: Path) -> Calibrator:
     """The calibrator that `describe_calibrator` has described, with fresh state."""
-    kinds = CALIBRATORS | COMPOSED
-    name = record.get("type") if isinstance(record, dict) else record
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: a member is {record!r}; allowed are objects")
+    kinds, name = CALIBRATORS | COMPOSED, record.get("type")
     if name not in tuple(kinds):  # a tuple may be asked for what cannot be hashed
         raise ValueError(f"{path}: type {name!r} is unknown; allowed are {', '.join(kinds)}")
     kind, settings, described = kinds[name], record.get("settings", {}), record.get("members", [])
@@ -109,6 +119,11 @@ def build_calibrator(record: Any, path: Path) -> Calibrator:
     num_labels, smallest = record.get("num_labels"), 2 if calibrator.task is None else 1
     if type(num_labels) is not int or num_labels < smallest:
         raise ValueError(f"{path}: num_labels is {num_labels!r}; allowed are integers from {smallest} up")
+    sizes, (count, size) = [member.num_labels for member in members], calibrator.expected_members(num_labels)
+    if len(sizes) != count or any(found != size for found in sizes):
+        raise ValueError(f"{path}: {name} has members of {sizes} labels; allowed are {count} of {size}")
+    if calibrator.task == "multilabel" and any(member.task != "binary" for member in members):
+        raise ValueError(f'{path}: {name} of several labels has members without task="binary"')
     calibrator.set_tensors({}, num_labels=num_labels, members=members)
     return calibrator
 
@@ -118,7 +133,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / JSON_NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply to be a calibrator") from None
@@ -142,13 +157,16 @@ def load_calibrator(folder: Path) -> Calibrator:
     record = read_record(folder)
     calibrator = build_calibrator(record, folder / JSON_NAME)
     path = folder / TENSORS_NAME
+    content = path.read_bytes()
     try:
-        tensors = load_file(path)
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if set(tensors) != set(calibrator.tensors()):
         raise ValueError(f"{path}: holds {sorted(tensors)}; {record['type']} needs {sorted(calibrator.tensors())}")
     fill_calibrator(calibrator, tensors, path)
+    if record.get("sha256") not in (None, calibrator_sha256(record, content)):
+        raise ValueError(f"{folder / JSON_NAME}: changed since it was saved, or {path.name} was; save it anew")
     calibrator.label_names = record.get("label_names")
     calibrator.provenance = record.get("fit") or {}
     return calibrator
@@ -190,6 +208,16 @@ def push_calibrator(calibrator: Calibrator, repo_id: str, *, private: bool | Non
             repo_id=repo_id, folder_path=folder, commit_message=f"Add {calibrator.name} calibrator"
         )
     return str(commit.commit_url)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that no reader sees half-written."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

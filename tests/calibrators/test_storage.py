@@ -7,10 +7,12 @@ import struct
 import pytest
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 
 from hf_calib import AutoCalibrator, IsotonicCalibration, TemperatureScaling
+from hf_calib.calibrators.storage import calibrator_sha256
 from hf_calib.version import __version__
+
+from ..forged import change_json, change_tensors, sign
 
 
 LOGITS = 3 * torch.eye(3).repeat(4, 1)
@@ -32,24 +34,14 @@ def isotonic(tmp_path):
     return tmp_path
 
 
-def change_json(folder, **changes):
-    path = folder / "calibrator.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_tensors(folder, **changes):
-    """Replaces tensors; None takes one away."""
-    path = folder / "calibrator.safetensors"
-    tensors = load_file(path) | changes
-    save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, path)
-
-
 # -- what is written
 
 
 def test_the_files_are_json_and_safetensors(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["calibrator.json", "calibrator.safetensors"]
-    assert json.loads((folder / "calibrator.json").read_text(encoding="utf-8")) == {
+    record = json.loads((folder / "calibrator.json").read_text(encoding="utf-8"))
+    assert record.pop("sha256") == calibrator_sha256(record, (folder / "calibrator.safetensors").read_bytes())
+    assert record == {
         "library": "hf_calib",
         "library_version": __version__,
         "type": "temperature",
@@ -101,6 +93,7 @@ def test_a_failed_save_leaves_the_old_files(folder, attribute, value, error, mes
 def test_a_newer_file_loads_with_a_warning(folder):
     expected = AutoCalibrator.from_pretrained(folder)
     change_json(folder, library_version="99.0", smoothing=0.1, mode="new")
+    sign(folder)
     with pytest.warns(UserWarning, match=r"ignoring mode, smoothing, written by hf_calib 99\.0") as warned:
         loaded = AutoCalibrator.from_pretrained(folder)
     assert warned[0].filename == __file__
@@ -109,12 +102,14 @@ def test_a_newer_file_loads_with_a_warning(folder):
 
 def test_the_keys_of_a_model_beside_it_are_known(folder):
     change_json(folder, applied="folded", weights={"fitted_on": "abc"})
+    sign(folder)
     assert AutoCalibrator.from_pretrained(folder).name == "temperature"
 
 
 @pytest.mark.parametrize("key", ["label_names", "fit", "library_version"])
 def test_what_is_not_needed_may_be_missing(folder, key):
     change_json(folder, **{key: None})
+    sign(folder)
     assert AutoCalibrator.from_pretrained(folder).num_labels == 3
 
 
@@ -247,9 +242,58 @@ def test_deep_nesting(folder, text):
 
 
 def test_no_file_is_opened_that_the_json_names(folder):
-    path = folder / "calibrator.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "file": "../../secret"}))
+    change_json(folder, file="../../secret")
+    sign(folder)
     with pytest.warns(UserWarning, match="ignoring file"):
+        AutoCalibrator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: change_json(folder, label_names=["glad", "calm", "sad"]),
+        lambda folder: change_json(folder, applied="folded"),
+        lambda folder: change_tensors(folder, temperature=torch.tensor(2.0)),
+    ],
+)
+def test_what_was_changed_is_refused_though_it_is_well_formed(folder, change):
+    change(folder)
+    with pytest.raises(ValueError, match=r"calibrator\.json: changed since it was saved, or calibrator\.safetensors"):
+        AutoCalibrator.from_pretrained(folder)
+
+
+def test_the_layout_of_the_json_is_free_and_old_files_have_no_checksum(folder):
+    path = folder / "calibrator.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record, sort_keys=True, indent=7))
+    assert AutoCalibrator.from_pretrained(folder).num_labels == 3
+    change_json(folder, sha256=None, label_names=["a", "b", "c"])
+    assert AutoCalibrator.from_pretrained(folder).label_names == ["a", "b", "c"]
+
+
+PAIR = {"type": "temperature", "num_labels": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"members": [PAIR]}, r"temperature has members of \[2\] labels; allowed are 0 of 0"),
+        ({"type": "chain", "members": [PAIR]}, r"chain has members of \[2\] labels; allowed are 1 of 3"),
+        ({"type": "one_vs_rest", "members": [PAIR]}, r"one_vs_rest has members of \[2\] labels; allowed are 3 of 2"),
+        (
+            {"settings": {"task": "multilabel"}, "num_labels": 10**12},
+            r"temperature has members of \[\] labels; allowed are 10{12} of 1",
+        ),
+        ({"type": "chain", "members": ["temperature"]}, "a member is 'temperature'; allowed are objects"),
+        (
+            {"settings": {"task": "multilabel"}, "members": [{**PAIR, "num_labels": 1}] * 3},
+            "num_labels is 1; allowed are integers from 2 up",
+        ),
+    ],
+)
+def test_wrong_members(folder, changes, message):
+    change_json(folder, label_names=None, **changes)
+    with pytest.raises(ValueError, match=rf"calibrator\.json: {message}"):
         AutoCalibrator.from_pretrained(folder)
 
 
