@@ -368,7 +368,8 @@ def _naming(argument: str, value: str, deed: str = "load") -> Iterator[None]:
         if isinstance(error, ValueError) and str(error).startswith(f"{argument}:"):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        said = f" ({said})" if (said := getattr(error, "server_message", None)) else ""  # by the Hub
+        reason = getattr(error, "server_message", None) or str(error.__cause__ or "").split("\n")[0]  # the Hub's word
+        said = f" ({reason})" if reason and reason not in lines[0] else ""
         raise ValueError(f"{argument}: cannot {deed} {value!r}: {lines[0]}{said}") from error
 
 

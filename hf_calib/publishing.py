@@ -37,7 +37,9 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, toke
     Raises:
         FileNotFoundError, ValueError: as `check_calibrated_folder`; or the card of the repo is malformed.
         OSError: the Hub refuses, or somebody else has changed the repo meanwhile. Nothing has been changed then, but a
-            repo may have been made. A connection that is lost is an error of the Hub client's own HTTP library.
+            repo may have been made.
+        RuntimeError: the Hub client gave a file's upload up; so too. A connection that is lost elsewhere is an error
+            of the client's own HTTP library.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
