@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .calibrators import CALIBRATORS, Calibrator, make_calibrator
@@ -53,6 +54,13 @@ def calibrate_predictions(
             else make_calibrator(method).fit_rows(rows)
         )
 
+    return calibrate_with(fit, predictions, test=test, seed=seed)
+
+
+def calibrate_with(
+    fit: Callable[[FitRows], Calibrator], predictions: Predictions, *, test: Predictions | None, seed: int
+) -> Calibration:
+    """As `calibrate_predictions`, by a function that fits a calibrator, and without its checks of the labels."""
     fitting_rows = check_rows(predictions.logits, predictions.labels)
     calibrator = fit(fitting_rows)
     calibrator.label_names = predictions.label_names

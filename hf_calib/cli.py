@@ -21,6 +21,7 @@ app = typer.Typer(
 # typer brings its own copy of click in newer releases and click itself in older ones; this is the right one's
 UsageError = typer.BadParameter.__base__
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # of data sets, by file
+TASKS = ("text-classification", "decision")
 INTERRUPTED = 130  # newer releases of typer return it where older ones raise Abort
 
 Model = Annotated[str, typer.Option(help="A Hub id or a folder: a sequence classifier.")]
@@ -51,9 +52,11 @@ def demo(
 
 @app.command()
 def fit(
+    context: typer.Context,
     model: Model,
     dataset: Data,
     output: Annotated[Path, typer.Option(help="A new folder for the calibrated model.")],
+    task: Annotated[str, typer.Option(help="text-classification; or decision, of a chat model.")] = TASKS[0],
     split: Annotated[str, typer.Option(help="Rows that training has not seen.")] = "validation",
     test_split: Annotated[
         str | None, typer.Option(help="Other rows for the table, which is cross-fitted without.")
@@ -67,7 +70,15 @@ def fit(
     batch_size: Batch = 32,
     seed: Seed = 0,
 ) -> None:
-    """Calibrate a text classifier and save it as a folder that is ready for the Hub."""
+    """Calibrate a text classifier and save it as a folder that is ready for the Hub.
+
+    With --task decision: fit the temperatures that pipeline("decision") reads from decision.json.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}; allowed are {' and '.join(TASKS)}")
+    if task == "decision":
+        _check_given(context, ("model", "dataset", "output", "task", "test_dataset", "seed"))
+        return _fit_decisions(model, dataset, output, test_dataset, seed)
     from rich.console import Console
 
     from .attaching import check_not_folded
@@ -111,6 +122,46 @@ def fit(
     console.print(f"Saved {output}, calibrator {applied}. To use it:", markup=False, highlight=False)
     code = usage(str(output), applied, "text-classification", is_stock(classifier))
     console.print(code, markup=False, soft_wrap=True)
+    return None
+
+
+def _check_given(context: typer.Context, allowed: tuple[str, ...]) -> None:
+    """Raises a ValueError for an option on the command line that would be ignored."""
+    for name in context.params:
+        if context.get_parameter_source(name).name == "COMMANDLINE" and name not in allowed:
+            raise ValueError(f"{name}: --task decision has no such thing; allowed are {', '.join(allowed)}")
+
+
+def _fit_decisions(model: str, dataset: str, output: Path, test_dataset: str | None, seed: int) -> None:
+    """Fits the temperature of each type of question, prints its table, and saves decision.json."""
+    from rich.console import Console
+    from transformers import pipeline
+
+    from .console import print_report
+    from .folders import check_new_folder
+    from .generation import calibrate_decisions, collect_decisions, save_decisions
+    from .generation.decisions import read_decisions
+
+    check_new_folder("output", output)
+    _check_exists("model", model)
+    names = [dataset] if test_dataset is None else [dataset, test_dataset]
+    if len({Path(name).resolve() for name in names}) < len(names):
+        raise ValueError(f"test_dataset: got {test_dataset!r}, the rows of the fit; allowed are other ones")
+    sources = [read_decisions(Path(name)) for name in names]
+    with _bars_on_a_terminal():
+        with _naming("model", model):
+            decide = pipeline("decision", model=model)
+        found = [collect_decisions(decide, rows) for rows in sources]
+    calibrations = calibrate_decisions(found[0], test=(*found, None)[1], seed=seed)
+    console = Console()
+    for kind, (calibrator, table) in calibrations.items():
+        line = f"{kind}: temperature {calibrator.temperature.item():.4f} from {len(found[0][kind]):,} answers"
+        console.print(line, markup=False, highlight=False)
+        print_report(table, console)
+    save_decisions(decide, calibrations, output, origin={"model": _public(model), "dataset": _public(dataset)})
+    console.print(f"Saved {output}. To use it:", markup=False, highlight=False)
+    code = f'pipeline("decision", model="{model}", decision_config="{output}")'
+    console.print(f"from transformers import pipeline\n\ndecide = {code}", markup=False, soft_wrap=True)
 
 
 @app.command()

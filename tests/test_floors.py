@@ -18,7 +18,8 @@ FLOORS = (
     {"calibrators", "losses", "metrics"},
     {"card_text", "model_card", "plots", "report"},
     {
-        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding", "hub",
+        "attaching", "calibrate", "docstrings", "evaluate_modules", "evaluation", "folders", "folding",
+        "generation", "hub",
         "measuring", "models", "pipelines", "prediction_files", "predictions", "probing",
         "publishing", "training",
     },

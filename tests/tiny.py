@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -95,6 +97,24 @@ def save_sentiment_classifier(folder, num_numbers: int = 4000) -> None:
         model.classifier.weight *= 4
     model.save_pretrained(folder)
     make_tokenizer(words).save_pretrained(folder)
+
+
+def save_chat_model(folder, num_numbers: int) -> None:
+    """A tiny Llama, the same at every call, whose answers depend on the number that it is told; with its tokenizer."""
+    torch.manual_seed(0)
+    words = ["A", "B", "C", "Yes", "No", *map(str, range(num_numbers))]
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = make_tokenizer(words)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %} [SEP]"
+    tokenizer.save_pretrained(folder)
 
 
 def mostly_predicted(folder, texts: list[str]) -> list[str]:
