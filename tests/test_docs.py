@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import hf_calib.pipelines
 
 from .tiny import (
     SPECIAL,
+    make_classifier,
     make_reader,
     make_tokenizer,
     make_writer,
@@ -55,11 +57,12 @@ def reviews(model: Path, num_rows: int, offset: int) -> Dataset:
     return Dataset.from_dict({"text": texts, "label": mostly_predicted(model, texts)})
 
 
-def save_reader_and_translator(folder: Path) -> None:
-    """Both know a few words; the reader is right about three in four of the questions beside it."""
+def save_other_models(folder: Path) -> None:
+    """All know a few words; the reader is right about three in four of the questions beside it."""
     words = [*WORDS, *map(str, range(20))]
-    for name, make in (("my-reader", make_reader), ("my-translator", make_writer)):
-        make(len(SPECIAL) + len(words)).save_pretrained(folder / name)
+    makers = {"my-reader": make_reader, "my-translator": make_writer, "my-reranker": partial(make_classifier, ["yes"])}
+    for name, make in makers.items():
+        make(vocab_size=len(SPECIAL) + len(words)).save_pretrained(folder / name)
         make_tokenizer(words).save_pretrained(folder / name)
     read = pipeline("calibrated-question-answering", model=str(folder / "my-reader"))
     rows = []
@@ -87,7 +90,7 @@ def place(tmp_path_factory):
     save_sentiment_classifier(model)
     for offset, split in enumerate(("train", "validation", "test")):
         reviews(model, 80, 1000 * offset).to_json(folder / "me" / "my-reviews" / f"{split}.jsonl")
-    save_reader_and_translator(folder / "me")
+    save_other_models(folder / "me")
     save_chat_model(folder / "me" / "my-chat", num_numbers=60)
     (folder / "decisions.jsonl").write_text(decision_rows(60))
     probs = torch.rand(50, 3, dtype=torch.float64).softmax(-1)
