@@ -21,6 +21,7 @@ from transformers import pipeline
 import hf_calib
 import hf_calib.pipelines
 
+from .loopback_hub import LoopbackHub
 from .tiny import (
     SPECIAL,
     make_classifier,
@@ -101,9 +102,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+def run(command: list[str], folder: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """The command in that folder, with its output."""
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_readme_has_blocks_of_both_kinds_and_no_others():
@@ -129,9 +130,12 @@ def test_the_readme_s_commands_run_in_order(place):
     if importlib.util.find_spec("transformers.decision") is None:  # before 5.23
         commands = [line for line in commands if "decision" not in line]
     assert len(commands) >= 4
-    for line in commands:
-        result = run([str(Path(sys.executable).parent / "hf-calib"), *shlex.split(line)[1:]], place)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
+    with LoopbackHub() as hub:
+        for line in commands:
+            command = [str(Path(sys.executable).parent / "hf-calib"), *shlex.split(line)[1:]]
+            result = run(command, place, hub.env(place / "hf_home"))
+            assert result.returncode == 0, f"{line}\n{result.stderr}"
+    assert hub.commits("me/my-classifier-calibrated") == ["Upload calibrated model"]
 
 
 def test_the_readme_s_make_targets_exist():
