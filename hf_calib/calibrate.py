@@ -54,13 +54,23 @@ def calibrate_predictions(
             else make_calibrator(method).fit_rows(rows)
         )
 
-    return calibrate_with(fit, predictions, test=test, seed=seed)
+    return calibrate_with(fit, predictions, test, seed=seed)
 
 
 def calibrate_with(
-    fit: Callable[[FitRows], Calibrator], predictions: Predictions, *, test: Predictions | None, seed: int
+    fit: Callable[[FitRows], Calibrator],
+    predictions: Predictions,
+    test: Predictions | None,
+    *,
+    before: float = 1.0,
+    seed: int,
 ) -> Calibration:
-    """As `calibrate_predictions`, by a function that fits a calibrator, and without its checks of the labels."""
+    """As `calibrate_predictions`, by a function that fits a calibrator, and without its checks of the labels.
+
+    The report starts from the logits divided by the temperature `before`.
+    """
+    if test is not None and test.fingerprint() == predictions.fingerprint():
+        raise ValueError("test: got the rows of predictions; allowed are other ones, or None for cross-fitting")
     fitting_rows = check_rows(predictions.logits, predictions.labels)
     calibrator = fit(fitting_rows)
     calibrator.label_names = predictions.label_names
@@ -71,7 +81,7 @@ def calibrate_with(
     else:
         log_probs = calibrator.log_probs(test.logits)
         rows, how = test, "other rows than those of the fit"
-    report = evaluate_calibration(log_probs.exp(), rows.labels, before=rows.probs, seed=seed)
+    report = evaluate_calibration(log_probs.exp(), rows.labels, before=(rows.logits / before).softmax(-1), seed=seed)
     calibrator.provenance["report_rows"] = how
     calibrator.provenance["scores"] = report.to_dict()
     return Calibration(calibrator, report)
@@ -81,8 +91,6 @@ def _check_rows(predictions: Predictions, test: Predictions | None) -> None:
     names = predictions.label_names
     if test is not None and test.label_names != names:
         raise ValueError(f"test: got labels {test.label_names}; allowed are {names}, as in predictions")
-    if test is not None and test.fingerprint() == predictions.fingerprint():
-        raise ValueError("test: got the rows of predictions; allowed are other ones, or None for cross-fitting")
     if len(predictions) < FEWEST_ROWS:
         raise ValueError(f"predictions: got {len(predictions)} rows; allowed are {FEWEST_ROWS} and more")
     missing = [name for index, name in enumerate(names) if not (predictions.labels == index).any()]

@@ -140,7 +140,7 @@ def _fit_decisions(model: str, dataset: str, output: Path, test_dataset: str | N
     from .console import print_report
     from .folders import check_new_folder
     from .generation import calibrate_decisions, collect_decisions, save_decisions
-    from .generation.decisions import read_decisions
+    from .generation.decisions import check_decides, read_decisions
 
     check_new_folder("output", output)
     _check_exists("model", model)
@@ -150,15 +150,18 @@ def _fit_decisions(model: str, dataset: str, output: Path, test_dataset: str | N
     sources = [read_decisions(Path(name)) for name in names]
     with _bars_on_a_terminal():
         with _naming("model", model):
+            check_decides(model)
             decide = pipeline("decision", model=model)
         found = [collect_decisions(decide, rows) for rows in sources]
-    calibrations = calibrate_decisions(found[0], test=(*found, None)[1], seed=seed)
+    temperature = decide.decision_config.temperature
+    calibrations = calibrate_decisions(found[0], temperature=temperature, test=(*found, None)[1], seed=seed)
     console = Console()
     for kind, (calibrator, table) in calibrations.items():
         line = f"{kind}: temperature {calibrator.temperature.item():.4f} from {len(found[0][kind]):,} answers"
         console.print(line, markup=False, highlight=False)
         print_report(table, console)
-    save_decisions(decide, calibrations, output, origin={"model": _public(model), "dataset": _public(dataset)})
+    origin = dict(zip(("dataset", "report_dataset"), map(_public, names), strict=False))
+    save_decisions(decide, calibrations, output, origin={"model": _public(model), **origin})
     console.print(f"Saved {output}. To use it:", markup=False, highlight=False)
     code = f'pipeline("decision", model="{model}", decision_config="{output}")'
     console.print(f"from transformers import pipeline\n\ndecide = {code}", markup=False, soft_wrap=True)

@@ -45,7 +45,9 @@ def test_a_score_becomes_a_probability(kind, scores, relevant):
 
 def test_a_folded_reranker_gives_probabilities_and_is_saved_as_any_other(reranker, scores, relevant, tmp_path):
     calibrator = PlattScaling(task="binary").fit(scores, relevant)
+    reranker.activation_fn = torch.nn.Identity()  # as well-known ones have it
     fold_calibrator(reranker.model, calibrator)
+    reranker.activation_fn = torch.nn.Sigmoid()
     reranker.save_pretrained(str(tmp_path / "saved"))
     expected = calibrator(scores).sigmoid().tolist()
     for each in (reranker, CrossEncoder(str(tmp_path / "saved"), device="cpu")):

@@ -46,6 +46,7 @@ def check_rows(
         raise ValueError(f"logits: got {describe(logits)}; allowed are floating torch tensors")
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels: got {describe(labels)}; allowed are torch tensors")
+    labels = labels.to(logits.device)
     if task == "binary":
         logits, labels = _two_classes(logits, labels, ignore_index)
     soft = labels.is_floating_point() and labels.shape == logits.shape
@@ -61,7 +62,7 @@ def check_rows(
         )
     shape = logits.shape[:-1]
     weights = _check_weights(sample_weight, shape, logits.device)
-    groups = _check_groups(groups, shape)
+    groups = _check_groups(groups, shape, logits.device)
     logits = logits.reshape(-1, logits.shape[-1])
     labels = labels.reshape(-1, logits.shape[-1]).double() if soft else labels.reshape(-1).long()
     kept = ((labels != ignore_index).any(-1) if soft else labels != ignore_index) & (weights > 0)
@@ -125,20 +126,20 @@ def _check_weights(sample_weight: torch.Tensor | None, shape: torch.Size, device
         raise ValueError(f"sample_weight: got {type(sample_weight).__name__}; allowed are tensors")
     if sample_weight.shape != shape:
         raise ValueError(f"sample_weight: got shape {tuple(sample_weight.shape)}; allowed is {tuple(shape)}")
-    weights = sample_weight.reshape(-1).double()
+    weights = sample_weight.reshape(-1).double().to(device)
     if not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError("sample_weight: got a negative or non-finite value; allowed are finite values from 0 up")
     return weights
 
 
-def _check_groups(groups: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+def _check_groups(groups: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
     if groups is None:
         return None
     if not isinstance(groups, torch.Tensor) or groups.is_floating_point() or groups.shape != shape:
         raise ValueError(f"groups: got {describe(groups)}; allowed are integers of shape {tuple(shape)}")
     if groups.numel() and int(groups.min()) < 0:
         raise ValueError(f"groups: got {int(groups.min())}; allowed are numbers from 0 up")
-    return groups.reshape(-1).long()
+    return groups.reshape(-1).long().to(device)
 
 
 def _check_distributions(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from .registry import CALIBRATORS, COMPOSED
 
 JSON_NAME = "calibrator.json"
 TENSORS_NAME = "calibrator.safetensors"
+DEEPEST = 16  # members within members
+TOO_DEEP = "{}: nested too deeply to be a calibrator"
 # `applied` and `weights` are written by whoever saves a model beside the calibrator.
 KNOWN_KEYS = {
     *("library", "library_version", "type", "settings", "members", "num_labels", "label_names", "fit"),
@@ -66,8 +69,8 @@ def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None
     if calibrator.num_labels is None:
         raise ValueError(f"calibrator: got a {type(calibrator).__name__} that is not fitted; fit it first")
     names = calibrator.label_names
-    if names is not None and len(names) != calibrator.num_labels:
-        raise ValueError(f"label_names: got {len(names)} names for a calibrator of {calibrator.num_labels} classes")
+    if names is not None and not _are_names(names, calibrator.num_labels):
+        raise ValueError(f"label_names: got {names!r}; allowed is a list of {calibrator.num_labels} strings")
     record = {
         "library": "hf_calib",
         "library_version": __version__,
@@ -76,13 +79,13 @@ def write_calibrator(calibrator: Calibrator, folder: Path, **extra: Any) -> None
         "fit": calibrator.provenance,
         **extra,
     }
+    record = json.loads(json.dumps(record))  # as it will be read: the keys of a dict are strings there
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in calibrator.tensors().items()}
     content = save(tensors, metadata={"format": "pt"})
     record["sha256"] = calibrator_sha256(record, content)
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"  # before any file is touched: it may fail
+    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()  # may fail: no file is touched so far
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TENSORS_NAME, content)
-    _replace(folder / JSON_NAME, text.encode())
+    _replace({folder / TENSORS_NAME: content, folder / JSON_NAME: text})
 
 
 def calibrator_sha256(record: dict[str, Any], content: bytes) -> str:
@@ -101,8 +104,10 @@ def describe_calibrator(calibrator: Calibrator) -> dict[str, Any]:
     return record
 
 
-def build_calibrator(record: Any, path: Path) -> Calibrator:
+def build_calibrator(record: Any, path: Path, depth: int = 0) -> Calibrator:
     """The calibrator that `describe_calibrator` has described, with fresh state."""
+    if depth > DEEPEST:
+        raise ValueError(TOO_DEEP.format(path))
     if not isinstance(record, dict):
         raise ValueError(f"{path}: a member is {record!r}; allowed are objects")
     kinds, name = CALIBRATORS | COMPOSED, record.get("type")
@@ -111,7 +116,7 @@ def build_calibrator(record: Any, path: Path) -> Calibrator:
     kind, settings, described = kinds[name], record.get("settings", {}), record.get("members", [])
     if not isinstance(settings, dict) or not isinstance(described, list):
         raise ValueError(f"{path}: settings must be an object and members a list")
-    members = [build_calibrator(member, path) for member in described]
+    members = [build_calibrator(member, path, depth + 1) for member in described]
     try:
         calibrator = kind(members, **settings) if kind.is_composed else kind(**settings)
     except (TypeError, ValueError) as error:
@@ -136,13 +141,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply to be a calibrator") from None
+        raise ValueError(TOO_DEEP.format(path)) from None
     if not isinstance(record, dict) or record.get("library") != "hf_calib":
         raise ValueError(f'{path}: not a calibrator of this library ("library" must be "hf_calib")')
     num_labels, names = build_calibrator(record, path).num_labels, record.get("label_names")
-    if names is not None and not (
-        isinstance(names, list) and len(names) == num_labels and all(isinstance(name, str) for name in names)
-    ):
+    if names is not None and not _are_names(names, num_labels):
         raise ValueError(f"{path}: label_names is no list of {num_labels} names")
     if not isinstance(record.get("fit") or {}, dict):
         raise ValueError(f"{path}: fit is {record['fit']!r}; allowed is an object")
@@ -165,7 +168,9 @@ def load_calibrator(folder: Path) -> Calibrator:
     if set(tensors) != set(calibrator.tensors()):
         raise ValueError(f"{path}: holds {sorted(tensors)}; {record['type']} needs {sorted(calibrator.tensors())}")
     fill_calibrator(calibrator, tensors, path)
-    if record.get("sha256") not in (None, calibrator_sha256(record, content)):
+    if record.get("sha256") != calibrator_sha256(record, content):
+        if read_record(folder) != record:  # somebody has just saved another one
+            return load_calibrator(folder)
         raise ValueError(f"{folder / JSON_NAME}: changed since it was saved, or {path.name} was; save it anew")
     calibrator.label_names = record.get("label_names")
     calibrator.provenance = record.get("fit") or {}
@@ -210,14 +215,25 @@ def push_calibrator(calibrator: Calibrator, repo_id: str, *, private: bool | Non
     return str(commit.commit_url)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that no reader sees half-written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def _are_names(names: Any, num_labels: int) -> bool:
+    return isinstance(names, list) and len(names) == num_labels and all(isinstance(name, str) for name in names)
+
+
+def _replace(contents: dict[Path, bytes]) -> None:
+    """Writes files of one folder: all are complete before the first takes the place of an old one."""
+    unfinished = {}
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        for path, content in contents.items():
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            unfinished[path] = Path(name)
+            with open(handle, "wb") as file:
+                file.write(content)
+            unfinished[path].chmod(0o644)  # mkstemp's files are private
+        for path, written in unfinished.items():
+            os.replace(written, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        for written in unfinished.values():
+            written.unlink(missing_ok=True)
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..calibrate import FEWEST_ROWS, Calibration, calibrate_with
 from ..calibrators import Calibrator, TemperatureScaling
 from ..calibrators.rows import FitRows
 from ..folders import check_new_folder, new_folder
+from ..hub import auto_class_of
 from ..predictions import Predictions
 
 
@@ -50,8 +53,9 @@ def collect_decisions(decide: Any, rows: Iterable[Mapping[str, Any]]) -> dict[st
         request = {key: value for key, value in row.items() if key != "answers"}
         try:
             asked = _ask(decide, request, answers)
-        except ValueError as error:
-            raise ValueError(f"rows: row {index}: {error}") from None
+        except Exception as error:  # templates, tokenizers and models raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"rows: row {index}: {reason}") from error
         for kind, found, label in asked:
             scores.setdefault(kind, []).append(found)
             labels.setdefault(kind, []).append(label)
@@ -61,19 +65,25 @@ def collect_decisions(decide: Any, rows: Iterable[Mapping[str, Any]]) -> dict[st
 
 
 def calibrate_decisions(
-    predictions: Mapping[str, Predictions], *, test: Mapping[str, Predictions] | None = None, seed: int = 0
+    predictions: Mapping[str, Predictions],
+    *,
+    temperature: Mapping[str, float] | None = None,
+    test: Mapping[str, Predictions] | None = None,
+    seed: int = 0,
 ) -> dict[str, Calibration]:
     """Fits a temperature for each type of question and reports on answers that the fit has not seen.
 
     Args:
         predictions (`dict`): as `collect_decisions` returns it.
+        temperature (`dict`, *optional*): what the pipeline divides by so far, `decide.decision_config.temperature`:
+            the report says what changes beside that.
         test (`dict`, *optional*): other ones for the report, which is cross-fitted without, as in
             `calibrate_predictions`.
         seed (`int`): of the folds and of the bootstrap.
     Returns:
         `dict`: for each type of at least 10 answers, its [`Calibration`].
     Raises:
-        ValueError: no type has 10 answers, or `test` has none of a type that has.
+        ValueError: no type has 10 answers, or `test` has none of a type that has, or the same.
     Warns:
         UserWarning: a type has fewer than 10 answers; its temperature stays as it is.
     """
@@ -85,7 +95,12 @@ def calibrate_decisions(
     if test is not None and (missing := enough.keys() - test.keys()):
         raise ValueError(f"test: got no answers of type {', '.join(sorted(missing))}; allowed are rows with all types")
     return {
-        kind: calibrate_with(_fit_temperature, found, test=None if test is None else test[kind], seed=seed)
+        kind: calibrate_with(
+            _fit_temperature,
+            *_of_one_width(found, None if test is None else test[kind]),
+            before=(temperature or {}).get(kind, 1.0),
+            seed=seed,
+        )
         for kind, found in enough.items()
     }
 
@@ -123,6 +138,13 @@ def save_decisions(
     return path
 
 
+def check_decides(model: str) -> None:
+    """Raises a ValueError unless a checkpoint's own head scores options; of any other, transformers makes one up."""
+    names = ("AutoModelForDecision", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    auto_class_of("model", AutoConfig.from_pretrained(model), known)
+
+
 def read_decisions(path: Path) -> list[Any]:
     """The rows of a `.jsonl` file, as `collect_decisions` takes them.
 
@@ -132,10 +154,10 @@ def read_decisions(path: Path) -> list[Any]:
     if path.suffix != ".jsonl" or not path.is_file():
         raise ValueError(f"dataset: got {path}; allowed for decisions is a .jsonl file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # JSON strings may hold other ends of lines
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+            rows += [json.loads(line.decode())] if line.strip() else []
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"dataset: {path} line {number} is no JSON ({error})") from None
     return rows
 
@@ -152,13 +174,15 @@ def _ask(decide: Any, request: dict[str, Any], answers: Mapping[str, Any]) -> li
     for (_, questions), scores in zip(outputs["prompts"], outputs["scores"], strict=True):
         for question, score in zip(questions, scores, strict=True):
             unknown.discard(question.name)
-            if answers.get(question.name) is None or len(question.options) < 2:
+            answer = answers.get(question.name)
+            if answer is None:
                 continue
-            answer = answers[question.name]
             option = str(answer).lower() if isinstance(answer, bool) else str(answer)
             if option not in question.options:
                 allowed = ", ".join(question.options)
                 raise ValueError(f"the answer to {question.name} is {answer!r}; allowed are {allowed}")
+            if len(question.options) < 2:
+                continue
             raw = score.float().cpu() * float(decide.decision_config.temperature.get(question.type, 1.0))
             found.append((question.type, raw.log_softmax(-1), question.options.index(option)))
     if unknown:
@@ -168,5 +192,15 @@ def _ask(decide: Any, request: dict[str, Any], answers: Mapping[str, Any]) -> li
 
 def _predictions(scores: list[torch.Tensor], labels: list[int]) -> Predictions:
     most = max(map(len, scores))
-    padded = [torch.nn.functional.pad(row, (0, most - len(row)), value=-torch.inf) for row in scores]
-    return Predictions(torch.stack(padded), torch.tensor(labels), [str(option) for option in range(most)])
+    logits = torch.stack([_padded(row, most) for row in scores])
+    return Predictions(logits, torch.tensor(labels), [str(option) for option in range(most)])
+
+
+def _of_one_width(*predictions: Predictions | None) -> list[Predictions | None]:
+    """The same with as many options as the widest has; None stays None."""
+    names = max((found.label_names for found in predictions if found is not None), key=len)
+    return [found and Predictions(_padded(found.logits, len(names)), found.labels, names) for found in predictions]
+
+
+def _padded(scores: torch.Tensor, num_options: int) -> torch.Tensor:
+    return torch.nn.functional.pad(scores, (0, num_options - scores.shape[-1]), value=-torch.inf)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import pipeline
 
-from hf_calib import cli
+from hf_calib import Predictions, cli
 from hf_calib.generation import calibrate_decisions, collect_decisions, save_decisions
 from hf_calib.generation.decisions import read_decisions
 
-from ..tiny import save_chat_model
+from ..tiny import save_chat_model, save_sentiment_classifier
 
 
 pytest.importorskip("transformers.decision", reason="decisions came with transformers 5.23")
@@ -24,6 +24,8 @@ QUESTIONS = {
     "tone": {"type": "choice", "criteria": {"calm": None, "pushy": "It presses", "sad": None}},
     "place": {"type": "choice", "criteria": {"here": None, "there": None}},
 }
+
+ONE = {"type": "choice", "criteria": {"yes": None}}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,29 @@ def test_a_report_of_other_rows(decide, rows, found):
     assert calibration.report.after["nll"].value == pytest.approx(-float(expected.mean()), abs=1e-6)
 
 
+def test_the_report_starts_from_the_temperatures_that_are_there(found):
+    calibration = calibrate_decisions(found, temperature={"noul": 2.5})["noul"]
+    before = (found["noul"].logits / 2.5).log_softmax(-1).gather(1, found["noul"].labels[:, None])
+    assert calibration.report.before["nll"].value == pytest.approx(-float(before.mean()), abs=1e-6)
+    assert "is real" not in calibration.report.verdict()
+
+
+def test_other_rows_may_have_more_or_fewer_options(found):
+    choice = found["choice"]
+    narrow = Predictions(choice.logits[1::2, :2], choice.labels[1::2], choice.label_names[:2])
+    wide = Predictions(choice.logits[::2], choice.labels[::2], choice.label_names)
+    for fitting, other in ((narrow, wide), (wide, narrow)):
+        calibration = calibrate_decisions({"choice": fitting}, test={"choice": other})["choice"]
+        assert calibration.report.num_rows == len(other)
+    with pytest.raises(ValueError, match="test: got the rows of predictions"):
+        calibrate_decisions({"choice": wide}, test={"choice": wide})
+
+
+def test_the_seed_is_that_of_the_folds(found):
+    one, same, other = (calibrate_decisions(found, seed=seed)["noul"].report for seed in (0, 0, 1))
+    assert one.after["nll"] == same.after["nll"] != other.after["nll"]
+
+
 def test_what_cannot_be_fitted_is_said(found):
     few = {kind: type(each)(each.logits[:5], each.labels[:5], each.label_names) for kind, each in found.items()}
     with pytest.raises(ValueError, match="predictions: no type of question has 10 answers"):
@@ -123,6 +148,12 @@ def test_what_cannot_be_fitted_is_said(found):
             "rows: row 0: answers to time, which nobody asked",
         ),
         ({"state": "1", "questions": QUESTIONS, "answers": {"tone": None}}, "rows: no question of two options or"),
+        ({"state": "1", "questions": {"a": ONE}, "answers": {"a": "yes"}}, "rows: no question of two options or more"),
+        ({"state": "1", "questions": {"a": ONE}, "answers": {"a": "no"}}, "rows: row 0: the answer to a is 'no'; all"),
+        (
+            {"state": "\ud800", "questions": QUESTIONS, "answers": {"tone": "calm"}},
+            "rows: row 0: TextEncodeInput",
+        ),
     ],
 )
 def test_rows_that_cannot_be_asked(row, message, decide):
@@ -139,11 +170,13 @@ def test_levels_are_counted_from_zero(decide):
 def test_saving_leaves_the_pipeline_and_what_is_there_alone(decide, found, tmp_path, monkeypatch):
     calibrations = calibrate_decisions({"choice": found["choice"]})
     monkeypatch.setattr(decide.decision_config, "chat_template", "{{ state }}")
+    monkeypatch.setitem(decide.decision_config.temperature, "score", 4.0)
     save_decisions(decide, calibrations, tmp_path / "made", origin={"dataset": "mine"})
-    assert decide.decision_config.temperature == {}
+    assert decide.decision_config.temperature == {"score": 4.0}
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"decision.json", "decision_template.jinja"}
     record = json.loads((tmp_path / "made" / "decision.json").read_text())
-    assert record["temperature"] == {"choice": pytest.approx(float(calibrations["choice"].calibrator.temperature))}
+    fitted = pytest.approx(float(calibrations["choice"].calibrator.temperature))
+    assert record["temperature"] == {"choice": fitted, "score": 4.0}
     assert record["hf_calib"]["dataset"] == "mine"
     assert record["hf_calib"]["fits"]["choice"]["rows"] == 2 * NUM_ROWS
     with pytest.raises(FileExistsError, match=r"path: .* exists already"):
@@ -196,6 +229,9 @@ def run(line, monkeypatch):
         ("--dataset rows.jsonl --method isotonic", "method: --task decision has no such thing; allowed are model, "),
         ("--dataset rows.csv", "dataset: got rows.csv; allowed for decisions is a .jsonl file"),
         ("--dataset bad.jsonl", "dataset: bad.jsonl line 2 is no JSON"),
+        ("--dataset latin.jsonl", "dataset: latin.jsonl line 1 is no JSON ('utf-8' codec can't decode"),
+        ("--dataset deep.jsonl", "dataset: deep.jsonl line 1 is no JSON (maximum recursion depth"),
+        ("--dataset rows.jsonl --model classifier", "model: got a BertForSequenceClassification; allowed are models"),
         ("--dataset rows.jsonl --test-dataset ./rows.jsonl", "test_dataset: got './rows.jsonl', the rows of the fit"),
         ("--dataset rows.jsonl --output full", "output: full exists already"),
         ("--dataset rows.jsonl --task guess", "task: got 'guess'; allowed are text-classification and decision"),
@@ -205,8 +241,12 @@ def test_the_command_refuses_in_one_line(line, message, decide, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"state": "1", "questions": {}, "answers": {}}\n')
     Path("bad.jsonl").write_text("{}\n{\n")
+    Path("latin.jsonl").write_bytes(b'"\xe9"')
+    Path("deep.jsonl").write_text("[" * 100_000)
+    save_sentiment_classifier("classifier", num_numbers=4)
     Path("full").mkdir()
     Path("full", "here").touch()
+    capsys.readouterr()
     model = decide.model.name_or_path
     assert run(f"fit --task decision --model {model} --output made {line}", monkeypatch) == 2
     err = capsys.readouterr().err
@@ -215,6 +255,6 @@ def test_the_command_refuses_in_one_line(line, message, decide, tmp_path, monkey
     assert not Path("made").exists()
 
 
-def test_empty_lines_are_no_rows(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"b": 2}')
-    assert read_decisions(tmp_path / "rows.jsonl") == [{"a": 1}, {"b": 2}]
+def test_empty_lines_are_no_rows_and_text_may_hold_other_ends_of_lines(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"b": "\u2028\x85"}\r\n', encoding="utf-8")
+    assert read_decisions(tmp_path / "rows.jsonl") == [{"a": 1}, {"b": "\u2028\x85"}]
