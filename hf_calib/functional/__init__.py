@@ -4,6 +4,7 @@ Every function takes probabilities (never logits) and labels, and everything aft
 is the losses, which are what a model is trained on and therefore take logits.
 """
 
+from .batch_losses import mdca_loss, mmce_loss, soft_binned_ece_loss
 from .calibration import (
     ReliabilityCurve,
     adaptive_calibration_error,
@@ -16,7 +17,16 @@ from .calibration import (
     smooth_calibration_error,
     underconfidence,
 )
-from .losses import brier_loss, cross_entropy_loss, focal_loss, label_smoothing_loss
+from .losses import (
+    brier_loss,
+    confidence_penalty_loss,
+    cross_entropy_loss,
+    dual_focal_loss,
+    focal_loss,
+    label_smoothing_loss,
+    margin_label_smoothing_loss,
+    sample_dependent_focal_loss,
+)
 from .scoring import accuracy, brier_score, negative_log_likelihood
 from .selective import (
     RiskCoverageCurve,
@@ -51,9 +61,11 @@ __all__ = [
     "brier_score",
     "classwise_calibration_error",
     "confidence_auroc",
+    "confidence_penalty_loss",
     "coverage_at_risk",
     "cross_entropy_loss",
     "debiased_calibration_error",
+    "dual_focal_loss",
     "entity_events",
     "expected_calibration_error",
     "focal_loss",
@@ -61,13 +73,18 @@ __all__ = [
     "kolmogorov_smirnov_test",
     "kuiper_test",
     "label_smoothing_loss",
+    "margin_label_smoothing_loss",
     "maximum_calibration_error",
+    "mdca_loss",
+    "mmce_loss",
     "negative_log_likelihood",
     "overconfidence",
     "reliability_curve",
     "risk_coverage_curve",
+    "sample_dependent_focal_loss",
     "sequence_events",
     "smooth_calibration_error",
+    "soft_binned_ece_loss",
     "span_events",
     "spiegelhalter_test",
     "token_events",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -80,6 +82,14 @@ def check_count(name: str, value: int) -> None:
     """Raises a ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: got {value!r}; allowed are integers from 1 up")
+
+
+def check_number(name: str, value: float, *, below: float = math.inf) -> None:
+    """Raises a ValueError unless `value` is a number in `[0, below)`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < below:  # NaN is not in any range
+        allowed = "finite numbers from 0 up" if below == math.inf else f"numbers in [0, {below:g})"
+        raise ValueError(f"{name}: got {value!r}; allowed are {allowed}")
 
 
 def _kept_rows(

@@ -24,8 +24,8 @@ class CalibrationTrainingArguments(TrainingArguments):
     When to use: with `CalibrationTrainer`, in place of `TrainingArguments`.
 
     Args:
-        calibration_loss (`str`, *optional*): the loss to train with, a key of `LOSSES`: `"cross_entropy"`,
-            `"label_smoothing"`, `"focal"` or `"brier"`. None is cross-entropy.
+        calibration_loss (`str`, *optional*): the loss to train with, a key of `LOSSES`, such as `"focal"`. None is
+            cross-entropy.
         calibration_loss_kwargs (`dict` or `str`, *optional*): hyper-parameters of that loss; a string is read as JSON,
             as in `--calibration_loss_kwargs '{"gamma": 2.0}'`.
         calibrator (`str`): what `CalibrationTrainer.calibrate` fits, a key of `CALIBRATORS`, or `"auto"`, which

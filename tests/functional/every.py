@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_calib.functional import (
     accuracy,
@@ -62,3 +63,18 @@ OF_EVENTS = {
 METRICS = {**OF_EVENTS, "accuracy": accuracy, "weighted": weighted_calibration_error}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts operations that give a new tensor of at least so many elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        is_new = not (function.is_view or function._schema.is_mutable)
+        if is_new and isinstance(output, torch.Tensor) and output.numel() >= self.size:
+            self.made.append(str(function))
+        return output

@@ -4,11 +4,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_calib.functional.losses import brier_loss, cross_entropy_loss, focal_loss, label_smoothing_loss
+from hf_calib.functional import reducing
+from hf_calib.functional.losses import (
+    brier_loss,
+    confidence_penalty_loss,
+    cross_entropy_loss,
+    dual_focal_loss,
+    focal_loss,
+    label_smoothing_loss,
+    margin_label_smoothing_loss,
+    sample_dependent_focal_loss,
+)
+
+from .every import LargeTensors
 
 
-ALL = [cross_entropy_loss, label_smoothing_loss, focal_loss, brier_loss]
+ALL = [
+    cross_entropy_loss,
+    label_smoothing_loss,
+    margin_label_smoothing_loss,
+    focal_loss,
+    sample_dependent_focal_loss,
+    dual_focal_loss,
+    brier_loss,
+    confidence_penalty_loss,
+]
+# Where every class must be possible
+NEUTRAL = {label_smoothing_loss: {"label_smoothing": 0.0}, margin_label_smoothing_loss: {"alpha": 0.0}}
+of_shares = pytest.mark.parametrize("loss", [loss for loss in ALL if loss is not dual_focal_loss])
 every_loss = pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
+
+
+@pytest.fixture(params=["at once", "in blocks"], autouse=True)
+def blocks(request, monkeypatch):
+    """Every test runs with all rows in one block, and with two or three rows in each."""
+    if request.param == "in blocks":
+        monkeypatch.setitem(reducing.BLOCK_LOGITS, "cpu", 9)
 
 
 @pytest.fixture
@@ -42,7 +73,12 @@ def test_neutral_settings_equal_cross_entropy(batch, dtype):
     for loss in (
         cross_entropy_loss(logits, labels),
         focal_loss(logits, labels, gamma=0.0),
+        dual_focal_loss(logits, labels, gamma=0.0),
+        sample_dependent_focal_loss(logits, labels, gamma=0.0, gamma_less_sure=0.0),
         label_smoothing_loss(logits, labels, label_smoothing=0.0),
+        margin_label_smoothing_loss(logits, labels, alpha=0.0),
+        margin_label_smoothing_loss(logits, labels, margin=100.0),
+        confidence_penalty_loss(logits, labels, beta=0.0),
     ):
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
@@ -69,9 +105,22 @@ def test_values_by_hand():
             -0.95 * math.log(0.6) - 0.05 / 3 * math.log(0.6 * 0.3 * 0.1),
             -0.95 * math.log(0.2) - 0.05 / 3 * math.log(0.2 * 0.2 * 0.6),
         ],
+        margin_label_smoothing_loss: [
+            -math.log(0.6) + 0.1 / 3 * (math.log(0.6 / 0.1) - 1),
+            -math.log(0.2) + 0.1 / 3 * 2 * (math.log(0.6 / 0.2) - 1),
+        ],
+        sample_dependent_focal_loss: [-(0.4**3) * math.log(0.6), -(0.81**5) * math.log(0.19)],
+        dual_focal_loss: [-(0.7**5) * math.log(0.6), -(0.8**5) * math.log(0.2)],
+        confidence_penalty_loss: [
+            -math.log(0.6) + 0.1 * sum(p * math.log(p) for p in (0.6, 0.3, 0.1)),
+            -math.log(0.2) + 0.1 * sum(p * math.log(p) for p in (0.2, 0.2, 0.6)),
+        ],
     }
+    less_sure = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.19, 0.61]], dtype=torch.float64).log() - 3
     for loss in ALL:
-        value = loss(logits, labels, reduction="none")
+        rows = less_sure if loss is sample_dependent_focal_loss else logits
+        options = {"margin": 1.0} if loss is margin_label_smoothing_loss else {}
+        value = loss(rows, labels, reduction="none", **options)
         torch.testing.assert_close(value, torch.tensor(expected[loss], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -140,9 +189,11 @@ def test_focal_is_finite_at_probability_one(gamma):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [cross_entropy_loss, focal_loss, brier_loss, label_smoothing_loss])
+@every_loss
 def test_a_masked_class_changes_nothing(loss):
-    kwargs = {"label_smoothing": 0.0} if loss is label_smoothing_loss else {}
+    kwargs = {label_smoothing_loss: {"label_smoothing": 0.0}, margin_label_smoothing_loss: {"alpha": 0.0}}.get(
+        loss, {}
+    )
     logits = torch.tensor([[1.0, 0.5, -torch.inf]], requires_grad=True)
     value = loss(logits, torch.tensor([0]), **kwargs)
     torch.testing.assert_close(value, loss(logits[:, :2], torch.tensor([0]), **kwargs))
@@ -163,9 +214,23 @@ def test_half_precision_is_computed_in_float32(loss, batch):
     ("logits", "labels", "kwargs", "message"),
     [
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2).long(), {}, r"logits: got a torch.int64 tensor"),
-        (torch.zeros(2, 3), torch.zeros(2), {}, r"labels: got a torch.float32 tensor; allowed are class numbers"),
-        (torch.zeros(2, 3), torch.zeros(3).long(), {}, r"labels: got shape \(3,\) for logits of shape \(2, 3\)"),
-        (torch.tensor(0.0), torch.tensor(0), {}, r"labels: got shape \(\) for logits of shape \(\)"),
+        (torch.zeros(2, 3), torch.zeros(2).bool(), {}, r"labels: got a torch.bool tensor; allowed are class numbers"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(3).long(),
+            {},
+            r"labels: got torch.int64 of shape \(3,\) for .*2, 3",
+        ),
+        (torch.tensor(0.0), torch.tensor(0), {}, r"labels: got torch.int64 of shape \(\) for logits of shape \(\)"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {"class_weights": [1, 2]}, r"class_weights: got shape \(2,\)"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {"class_weights": 2.0}, r"class_weights: got shape \(\)"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {"class_weights": [1, -1, 1]}, r"class_weights: got \[1.0, -1.0"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2).long(),
+            {"class_weights": [0, 0, 0]},
+            "class_weights: .* not all of them 0",
+        ),
         (torch.zeros(2, 3), torch.tensor([0, 3]), {}, r"labels: got 3; allowed are 0 to 2"),
         (torch.zeros(2, 3), torch.tensor([0, -1]), {}, r"labels: got -1; allowed are 0 to 2"),
         (torch.zeros(2, 3), torch.zeros(2).long(), {"reduction": "avg"}, r"reduction: got 'avg'; allowed are 'mean'"),
@@ -176,11 +241,122 @@ def test_refusals(loss, logits, labels, kwargs, message):
         loss(logits, labels, **kwargs)
 
 
+@of_shares
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(2), r"labels: got torch.float32 of shape \(2,\) for logits of shape \(2, 3\); allowed for"),
+        (torch.full((2, 3), 0.5), r"labels: row 0 is \[0.5, 0.5, 0.5\]; allowed are shares from 0 to 1 that sum to 1"),
+        (torch.tensor([[0.5, 0.5, 0], [2, -1, 0]]), r"labels: row 1 is \[2.0, -1.0, 0.0\]"),
+        (torch.full((2, 3), torch.nan), r"labels: row 0 is \[nan"),
+    ],
+)
+def test_shares_out_of_range(loss, labels, message):
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(2, 3), labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (focal_loss, "gamma"),
+        (dual_focal_loss, "gamma"),
+        (sample_dependent_focal_loss, "gamma"),
+        (sample_dependent_focal_loss, "gamma_less_sure"),
+        (margin_label_smoothing_loss, "margin"),
+        (margin_label_smoothing_loss, "alpha"),
+        (confidence_penalty_loss, "beta"),
+    ],
+)
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "1", True, None])
-def test_hyperparameters_out_of_range(value):
-    logits, labels = torch.zeros(2, 3), torch.zeros(2).long()
-    with pytest.raises(ValueError, match=r"gamma: got .*; allowed are finite numbers from 0 up"):
-        focal_loss(logits, labels, gamma=value)
-    for smoothing in (value, 1.0):
-        with pytest.raises(ValueError, match=r"label_smoothing: got .*; allowed are numbers in \[0, 1\)"):
-            label_smoothing_loss(logits, labels, label_smoothing=smoothing)
+def test_hyperparameters_out_of_range(loss, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*; allowed are finite numbers from 0 up"):
+        loss(torch.zeros(2, 3), torch.zeros(2).long(), **{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "1", True, None, 1.0])
+def test_label_smoothing_out_of_range(value):
+    with pytest.raises(ValueError, match=r"label_smoothing: got .*; allowed are numbers in \[0, 1\)"):
+        label_smoothing_loss(torch.zeros(2, 3), torch.zeros(2).long(), label_smoothing=value)
+
+
+# -- soft labels and class weights
+
+
+@of_shares
+def test_a_row_of_shares_is_the_mean_over_its_labels(loss, batch):
+    logits, labels = batch[0].requires_grad_(), batch[1]
+    shares = torch.rand(7, 5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shares[0, 0, 1] = 0
+    shares /= shares.sum(-1, keepdim=True)
+    ignored = labels == -100
+    shares[ignored] = -100
+    each = [loss(logits, torch.full_like(labels, k).where(~ignored, -100), reduction="none") for k in range(4)]
+    expected = (torch.stack(each, -1) * shares.where(~ignored[..., None], 0.0)).sum(-1)
+    found = loss(logits, shares, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss(logits, shares), expected[~ignored].mean())
+    assert torch.autograd.gradcheck(lambda z: loss(z, shares), (logits,))
+
+
+def test_the_dual_focal_loss_has_no_shares():
+    with pytest.raises(ValueError, match=r"labels: got a torch.float32 tensor; allowed for the dual focal loss"):
+        dual_focal_loss(torch.zeros(2, 3), torch.full((2, 3), 1 / 3))
+
+
+@of_shares
+def test_a_masked_class_without_a_share_changes_nothing(loss):
+    kwargs = {label_smoothing_loss: {"label_smoothing": 0.0}, margin_label_smoothing_loss: {"alpha": 0.0}}.get(
+        loss, {}
+    )
+    logits = torch.tensor([[1.0, 0.5, -torch.inf]], requires_grad=True)
+    value = loss(logits, torch.tensor([[0.5, 0.5, 0.0]]), **kwargs)
+    torch.testing.assert_close(value, loss(logits[:, :2], torch.tensor([[0.5, 0.5]]), **kwargs))
+    value.backward()
+    assert logits.grad.isfinite().all()
+
+
+@every_loss
+def test_a_class_of_weight_two_counts_as_twice_its_rows(loss, batch):
+    logits, labels = batch[0].reshape(-1, 4).requires_grad_(), batch[1].reshape(-1)
+    twice = torch.cat([torch.arange(35), (labels == 2).nonzero()[:, 0]])
+    weights = [1, 1, 2, 1]
+    for reduction in ("mean", "sum"):
+        found = loss(logits, labels, class_weights=weights, reduction=reduction)
+        torch.testing.assert_close(found, loss(logits[twice], labels[twice], reduction=reduction))
+    assert (loss(logits, labels, class_weights=[0, 0, 1, 0], reduction="none")[labels != 2] == 0).all()
+    if loss is not dual_focal_loss:
+        one_hot = F.one_hot(labels.clamp_min(0), 4).double().where(labels[:, None] != -100, -100.0)
+        torch.testing.assert_close(
+            loss(logits, one_hot, class_weights=weights), loss(logits, labels, class_weights=weights)
+        )
+        shares = torch.full((2, 4), 0.25, dtype=torch.float64)
+        each = [loss(logits[:2], torch.full((2,), k), reduction="none") * weights[k] for k in range(4)]
+        found = loss(logits[:2], shares, class_weights=weights, reduction="none")
+        torch.testing.assert_close(found, torch.stack(each).mean(0))
+
+
+def test_class_weights_of_cross_entropy_are_torchs(batch):
+    logits, labels = batch[0].reshape(-1, 4), batch[1].reshape(-1)
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
+    for reduction in ("mean", "sum", "none"):
+        expected = F.cross_entropy(logits, labels, weight=weights, reduction=reduction)
+        found = cross_entropy_loss(logits, labels, class_weights=weights, reduction=reduction)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # weights are float32
+
+
+# -- memory
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_the_logits_there_is_only_their_gradient(loss, dtype, monkeypatch):
+    monkeypatch.setitem(reducing.BLOCK_LOGITS, "cpu", 1000)
+    logits = torch.randn(64, 100, dtype=dtype, requires_grad=True)
+    labels = torch.arange(64).where(torch.arange(64) % 5 > 0, -100)
+    with LargeTensors(logits.numel()) as large:
+        loss(logits, labels).backward()
+    assert large.made == ["aten.empty_like.default"]
+    with LargeTensors(logits.numel()) as large:
+        F.cross_entropy(logits.detach().float().requires_grad_(), labels).backward()
+    assert len(large.made) > 1

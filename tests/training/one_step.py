@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_calib import CalibTransformerConfig, CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration
-from hf_calib.losses import LOSSES
+from hf_calib.losses import ADDITIVE
 from hf_calib.training import CalibrationTrainer, CalibrationTrainingArguments
 
 
@@ -160,7 +160,7 @@ def measure(output_dir, per_device):
     """One step of 16 rows, an evaluation with an uneven last batch, and a calibration."""
     found = {}
     for kind in MODELS:
-        for loss in LOSSES:
+        for loss in ADDITIVE:
             arguments = {"calibration_loss": loss, "per_device_train_batch_size": per_device}
             found[f"{kind} {loss}"] = one_step(kind, output_dir, **arguments)
         trainer = make_trainer(kind, output_dir)
