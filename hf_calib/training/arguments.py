@@ -12,6 +12,7 @@ from ..losses import LOSSES, make_loss
 
 
 CALIBRATOR_CHOICES = ("auto", *CALIBRATORS)
+LOWER_IS_BETTER = ("nll", "refinement", "ece", "brier")
 
 
 @dataclass
@@ -19,13 +20,15 @@ class CalibrationTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with a loss and a calibrator.
 
     Added: `calibration_loss=None`, `calibration_loss_kwargs=None`, `calibrator="temperature"`. No default of
-    `TrainingArguments` is changed. They parse from the command line and from JSON like all others.
+    `TrainingArguments` is changed, but `metric_for_best_model` knows that NLL, refinement, ECE and Brier are better
+    when they are lower: `TrainingArguments` alone would keep the worst checkpoint. They parse from the command line
+    and from JSON like all others.
 
     When to use: with `CalibrationTrainer`, in place of `TrainingArguments`.
 
     Args:
         calibration_loss (`str`, *optional*): the loss to train with, a key of `LOSSES`, such as `"focal"`. None is
-            cross-entropy.
+            the model's own.
         calibration_loss_kwargs (`dict` or `str`, *optional*): hyper-parameters of that loss; a string is read as JSON,
             as in `--calibration_loss_kwargs '{"gamma": 2.0}'`.
         calibrator (`str`): what `CalibrationTrainer.calibrate` fits, a key of `CALIBRATORS`, or `"auto"`, which
@@ -43,7 +46,7 @@ class CalibrationTrainingArguments(TrainingArguments):
 
     calibration_loss: str | None = field(
         default=None,
-        metadata={"help": f"The loss to train with: {', '.join(LOSSES)}. None is cross-entropy."},
+        metadata={"help": f"The loss to train with: {', '.join(LOSSES)}. None is the model's own."},
     )
     # `str` is there for the command line: HfArgumentParser hands over what was typed.
     calibration_loss_kwargs: dict | str | None = field(
@@ -71,13 +74,16 @@ class CalibrationTrainingArguments(TrainingArguments):
                 "calibration_loss='label_smoothing', calibration_loss_kwargs={'label_smoothing': "
                 f"{self.label_smoothing_factor!r}}}, which is the same loss"
             )
+        if self.greater_is_better is None and is_lower_better(self.metric_for_best_model):
+            self.greater_is_better = False
         super().__post_init__()
 
     def make_loss(self):
         """Builds the loss that these arguments name.
 
         Returns:
-            `torch.nn.Module` that maps logits `(..., C)` and labels `(...)` to the sum of the rows' losses.
+            `torch.nn.Module` that maps logits `(..., C)` and labels `(...)` to the sum of the rows' losses; where no
+            loss is named, cross-entropy.
         Raises:
             ValueError: `calibration_loss` or `calibration_loss_kwargs` is not allowed.
         """
@@ -89,6 +95,11 @@ class CalibrationTrainingArguments(TrainingArguments):
                 f"calibration_loss={self.calibration_loss!r}, "
                 f"calibration_loss_kwargs={self.calibration_loss_kwargs!r}: {error}"
             ) from error
+
+
+def is_lower_better(metric: str | None) -> bool:
+    """Whether a name such as `"refinement"` or `"eval_nll"` is of a score that is better when it is lower."""
+    return metric is not None and any(metric == name or metric.endswith(f"_{name}") for name in LOWER_IS_BETTER)
 
 
 def check_calibrator_name(name: str) -> None:

@@ -11,13 +11,22 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
-from hf_calib import CalibTransformerConfig, CalibTransformerForCausalLM, CalibTransformerForConditionalGeneration
+from hf_calib import (
+    CalibTransformerConfig,
+    CalibTransformerForCausalLM,
+    CalibTransformerForConditionalGeneration,
+    CalibTransformerForQuestionAnswering,
+)
 from hf_calib.losses import ADDITIVE
 from hf_calib.training import CalibrationTrainer, CalibrationTrainingArguments
 
@@ -123,6 +132,97 @@ def held_out_rows(kind, count):
     return rows
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+BERT = {**SIZES, "vocab_size": 50, "max_position_embeddings": 16, "initializer_range": 0.3}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def several_labels():
+    return surer(tiny_model("sequence", problem_type="multi_label_classification"), "classifier")
+
+
+def surer(model, head):
+    """The model with larger logits, so that they predict labels that are drawn from them."""
+    with torch.no_grad():
+        getattr(model, head).weight *= 6
+    return model
+
+
+def masked():
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(**BERT, **STILL))
+
+
+def reader():
+    torch.manual_seed(0)
+    return surer(BertForQuestionAnswering(BertConfig(**BERT, **STILL)), "qa_outputs")
+
+
+def own_reader():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 50, "max_position_embeddings": 16, "initializer_range": 0.3}
+    return CalibTransformerForQuestionAnswering(CalibTransformerConfig(dropout=0.0, **sizes))
+
+
+def image():
+    torch.manual_seed(0)
+    config = ViTConfig(**SIZES, **STILL, image_size=8, patch_size=4, num_labels=3, initializer_range=0.5)
+    return ViTForImageClassification(config)
+
+
+TASKS = {
+    "several": several_labels, "masked": masked, "answers": reader, "own answers": own_reader, "image": image,
+    "shares": lambda: tiny_model("sequence"),
+}  # fmt: skip
+OWN_LOSS = [name for name in TASKS if name != "shares"]  # a model's own has no shares
+
+
+def task_rows(name, count, seed=0):
+    rows, generator = tiny_rows("token", count, seed), torch.Generator().manual_seed(seed)
+    for index, row in enumerate(rows):
+        if name == "several":
+            row["labels"] = (torch.rand(3, generator=generator) < 0.4).float()
+        elif name == "shares":
+            row["labels"] = torch.rand(3, generator=generator).softmax(-1)
+        elif name == "masked":
+            row["labels"] = row["input_ids"].masked_fill(row["labels"] == -100, -100)
+        elif "answers" in name:
+            del row["labels"]
+            length = int(row["attention_mask"].sum())
+            start, end = sorted(torch.randint(length, (2,), generator=generator).tolist())
+            outside = index % 4 == 3  # cut off: both ends lie behind the text
+            row["start_positions"] = torch.tensor(20 if outside else start)
+            row["end_positions"] = torch.tensor(20 if outside else end)
+        else:
+            pixels, label = torch.randn(3, 8, 8, generator=generator), torch.randint(3, (), generator=generator)
+            rows[index] = {"pixel_values": pixels, "labels": label}
+    return rows
+
+
+def held_out_task_rows(name, count):
+    """Rows with labels drawn from the model's probabilities at temperature 2: it is overconfident on them."""
+    rows, generator = task_rows(name, count, seed=1), torch.Generator().manual_seed(2)
+    model = TASKS[name]().eval()
+    for row in rows:
+        inputs = {key: row[key][None] for key in ("input_ids", "attention_mask", "pixel_values") if key in row}
+        with torch.no_grad():
+            output = model(**inputs)
+        if "answers" in name:
+            for key, logits in (("start", output.start_logits), ("end", output.end_logits)):
+                if row[f"{key}_positions"] < 6:
+                    row[f"{key}_positions"] = torch.multinomial((logits[0] / 2).softmax(-1), 1, generator=generator)[0]
+            continue
+        logits = output.logits[0] / 2
+        if name == "several":
+            row["labels"] = torch.bernoulli(logits.sigmoid(), generator=generator)
+        elif name == "shares":
+            row["labels"] = logits.softmax(-1)
+        else:
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[..., 0]
+            row["labels"] = drawn.where(row["labels"] != -100, -100)
+    return rows
+
+
 def make_trainer(kind, output_dir, *, model=None, trainer=None, **arguments):
     args = CalibrationTrainingArguments(
         output_dir=str(output_dir),
@@ -152,8 +252,16 @@ def one_step(kind, output_dir, **arguments):
     return {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
 
 
+def task_step(name, output_dir, **arguments):
+    rows = {"train_dataset": task_rows(name, 16)}
+    trainer = make_trainer("sequence", output_dir, model=TASKS[name](), trainer=rows, **arguments)
+    trainer.train()
+    return {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
+
+
 def scores(metrics):
-    return {name: metrics[f"eval_{name}"] for name in ("loss", "ece", "brier")}
+    names = ("loss", "ece", "brier", "temperature", "refinement")
+    return {name: metrics[f"eval_{name}"] for name in names}
 
 
 def measure(output_dir, per_device):
@@ -179,6 +287,15 @@ def measure(output_dir, per_device):
         found[f"{kind} evaluation"] = scores(trainer.evaluate(rows))
         calibrator = trainer.calibrate(rows)
         found[f"{kind} calibration"] = {"temperature": float(calibrator.temperature), **calibrator.provenance}
+    for name in OWN_LOSS:
+        found[name] = task_step(name, output_dir, per_device_train_batch_size=per_device)
+        trainer = make_trainer("sequence", output_dir, model=TASKS[name]())
+        rows = held_out_task_rows(name, 29)
+        found[f"{name} evaluation"] = scores(trainer.evaluate(rows))
+        trainer.train_dataset = None
+        calibrator = trainer.calibrate(rows)
+        after = trainer.evaluate(rows)["eval_loss"]
+        found[f"{name} calibration"] = {"loss": after, "rows": calibrator.provenance.get("rows", 29)}
     return found
 
 

