@@ -41,7 +41,7 @@ _MODULES = {
     ),
     "predictions": ("Predictions", "collect_predictions"),
     "report": ("CalibrationReport", "evaluate_calibration"),
-    "training": ("CalibrationTrainer", "CalibrationTrainingArguments"),
+    "training": ("CalibrationCallback", "CalibrationTrainer", "CalibrationTrainingArguments"),
 }
 _PACKAGES = ("functional", "metrics")
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from hf_calib import CalibrationReport
 
 
@@ -86,6 +88,60 @@ def transformer_table() -> str:
     return _table(lines) + note + f"{record['machine']['threads']} threads; memory beyond that of the imports."
 
 
+def training_table(name: str = "training") -> str:
+    """Every loss: scores of the test rows before and after a temperature; then what choosing by refinement changes."""
+    record = json.loads((HERE / "results" / f"{name}.json").read_text())
+    losses = list(dict.fromkeys(run.split()[1] for run in record["runs"]))
+    head = ["Loss", "Accuracy", "NLL", "ECE", "NLL after", "ECE after", "NLL after, beside `cross_entropy`"]
+    lines = [head, [":---", *["---:"] * (len(head) - 1)]]
+    changes = {}
+    for loss in losses:
+        columns = [("before", "accuracy"), ("before", "nll"), ("before", "ece"), ("after", "nll"), ("after", "ece")]
+        cells = [_spread(_by_seed(record, loss, "loss", *column)) for column in columns]
+        changes[loss] = _by_seed(record, loss, "loss", "after", "nll") - _by_seed(
+            record, "cross_entropy", "loss", "after", "nll"
+        )
+        lines.append([f"`{loss}`", *cells, _spread(changes[loss], signed=True)])
+    sets = ", ".join(record["sets"])
+    note = f"Means over {sets}, and over {record['seeds']} seeds, with the standard deviation over the seeds; the "
+    note += f"temperature is fitted on other rows. {record['what']}. {_verdicts(changes)}\n\n"
+    nll, accuracy = (
+        np.mean([_by_seed(record, loss, "refinement", "after", score) for loss in losses], axis=0)
+        - np.mean([_by_seed(record, loss, "loss", "after", score) for loss in losses], axis=0)
+        for score in ("nll", "accuracy")
+    )
+    note += "Choosing the epoch by refinement in place of the validation loss changes the NLL after the temperature "
+    note += f"by {_spread(nll, signed=True)} and the accuracy by {_spread(accuracy, signed=True)}, over all losses."
+    return _table(lines) + f"{note}\n\n{_made_by('training', record)}."
+
+
+def _by_seed(record: dict, loss: str, way: str, when: str, score: str) -> np.ndarray:
+    """A score of each seed: the mean over the sets."""
+    return np.array(
+        [
+            np.mean([record["runs"][f"{name} {loss} {seed}"][way][when][score] for name in record["sets"]])
+            for seed in range(record["seeds"])
+        ]
+    )
+
+
+def _spread(values: np.ndarray, *, signed: bool = False) -> str:
+    return f"{values.mean():{'+' if signed else ''}.4f} ± {values.std(ddof=1):.4f}"
+
+
+def _verdicts(changes: dict[str, np.ndarray]) -> str:
+    """Which losses are better and worse than cross-entropy after a temperature, by two standard errors."""
+    found = {"lower": [], "higher": [], "the same": []}
+    for loss, values in changes.items():
+        error = 2 * values.std(ddof=1) / len(values) ** 0.5
+        if loss != "cross_entropy":
+            key = "lower" if values.mean() < -error else "higher" if values.mean() > error else "the same"
+            found[key].append(f"`{loss}`")
+    parts = [f"{what} with {', '.join(names)}" for what, names in found.items() if names]
+    start = "Beside cross-entropy, and to two standard errors over the seeds, the NLL after the temperature is "
+    return f"{start}{'; '.join(parts)}."
+
+
 def _table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
@@ -100,6 +156,7 @@ TABLES = {
     "demo": demo_table,
     "speed": speed_table,
     "stream": stream_table,
+    "training": training_table,
     "transformer": transformer_table,
 }
 

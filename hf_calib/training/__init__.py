@@ -1,7 +1,8 @@
 """Calibrated training on `transformers.Trainer`."""
 
 from .arguments import CalibrationTrainingArguments
+from .callbacks import CalibrationCallback
 from .trainer import CalibrationTrainer
 
 
-__all__ = ["CalibrationTrainer", "CalibrationTrainingArguments"]
+__all__ = ["CalibrationCallback", "CalibrationTrainer", "CalibrationTrainingArguments"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
         what = "a language model" if streams else "a model that finds answers"
         raise ValueError(f"calibrator: got {name!r}; allowed for {what} are {', '.join(TEMPERATURE)}")
     refuse_seen_rows(trainer.train_dataset, dataset, base)
-    batches = _row_batches(trainer, dataset)
+    batches = row_batches(trainer, dataset)
     if streams:
         fitted = make_calibrator(name).fit_batches(map(kept_rows, batches))
     else:
@@ -73,10 +74,10 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
     return attached_calibrator(model)
 
 
-def _row_batches(trainer: Trainer, dataset: Any) -> Iterator[Rows]:
-    """Raw logits and labels of this process's rows, a batch at a time."""
+def row_batches(trainer: Trainer, dataset: Any, *, raw: bool = True) -> Iterator[Rows]:
+    """Logits and labels of this process's rows, a batch at a time; raw ones, or as an attached calibrator has them."""
     model = trainer.model
-    with uncalibrated(model), in_eval_mode(model):
+    with uncalibrated(model) if raw else nullcontext(), in_eval_mode(model):
         batches = trainer.get_test_dataloader(dataset)
         for inputs in logging.tqdm(batches, desc="Calibrating", disable=trainer.args.disable_tqdm):
             inputs = trainer._prepare_inputs(inputs)

@@ -1,0 +1,71 @@
+"""Calibration for people who train with another `Trainer`: the same scores, and a calibrator when training ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..calibrators import Calibrator
+from .arguments import check_calibrator_name
+from .evaluating import EvaluationSums
+from .fitting import fit_and_attach, row_batches
+from .targets import check_model, has_several_labels
+
+
+class CalibrationCallback(TrainerCallback):
+    """Adds the scores of `CalibrationTrainer` to every evaluation, and fits a calibrator when training ends.
+
+    The scores cost a second pass over the evaluation rows, since a `Trainer` keeps what it has computed to itself.
+    They are in the metrics before the best model is chosen: `metric_for_best_model="refinement"` works, with
+    `greater_is_better=False`.
+
+    When to use: with a `Trainer` that cannot be a `CalibrationTrainer`, such as TRL's `SFTTrainer`:
+    `trainer.add_callback(CalibrationCallback(trainer, dataset))`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): the one that it is added to.
+        dataset (*optional*): labelled rows that training has not seen, prepared as `trainer.train_dataset` is; the
+            calibrator is fitted on them and attached, so that what is saved from then on carries it.
+        calibrator (`str`): a key of `CALIBRATORS`, or `"auto"`.
+    Raises:
+        ValueError: the calibrator is unknown, or the model is none that `CalibrationTrainer` takes.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Any = None, *, calibrator: str = "temperature"):
+        check_model(trainer.model)
+        check_calibrator_name(calibrator)
+        self.trainer, self.dataset, self.calibrator = trainer, dataset, calibrator
+        self.fitted: Calibrator | None = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Adds and logs the scores of the evaluation rows that these metrics are of."""
+        rows, prefix = self.trainer.eval_dataset, "eval"
+        if isinstance(rows, dict):
+            names = [name for name in rows if any(key.startswith(f"eval_{name}_") for key in metrics)]
+            if len(names) != 1:
+                return
+            rows, prefix = rows[names[0]], f"eval_{names[0]}"
+        if rows is None:
+            return
+        sums = EvaluationSums(of_events=has_several_labels(self.trainer.model))
+        for batch in row_batches(self.trainer, rows, raw=False):
+            sums.add(batch)
+        found = {f"{prefix}_{name}": value for name, value in (sums.compute() or {}).items()}
+        new = {key: value for key, value in found.items() if key not in metrics}
+        metrics.update(new)
+        self.trainer.log(new)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fits the calibrator and attaches it."""
+        if self.dataset is not None:
+            self.fitted = fit_and_attach(self.trainer, self.dataset, self.calibrator)

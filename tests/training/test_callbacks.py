@@ -1,0 +1,101 @@
+"""The callback in a stock `Trainer`: the scores of `CalibrationTrainer`, and a calibrator when training ends."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments
+
+from hf_calib import AutoCalibrator, attached_calibrator
+from hf_calib.training import CalibrationCallback
+
+from . import one_step as tiny
+
+
+def stock_trainer(kind, folder, rows, **arguments):
+    args = TrainingArguments(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 16,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **arguments,
+        },
+    )
+    model = tiny.TASKS[kind]() if kind in tiny.TASKS else tiny.tiny_language_model(kind)
+    train = tiny.task_rows(kind, 16) if kind in tiny.TASKS else tiny.language_rows(16)
+    return Trainer(model, args, train_dataset=train, eval_dataset=rows)
+
+
+def rows_for(kind):
+    return tiny.held_out_task_rows(kind, 29) if kind in tiny.TASKS else tiny.held_out_language_rows(kind, 29)
+
+
+KINDS = [*tiny.OWN_LOSS, *tiny.LANGUAGE_MODELS]
+
+
+@pytest.mark.filterwarnings("ignore:.*no finite")
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_calibrator_are_those_of_our_trainer(kind, tmp_path):
+    rows = rows_for(kind)
+    trainer = stock_trainer(kind, tmp_path, rows, learning_rate=0.0)
+    callback = CalibrationCallback(trainer, rows)
+    trainer.add_callback(callback)
+    found = trainer.evaluate()
+    model = tiny.TASKS[kind]() if kind in tiny.TASKS else None
+    ours = tiny.make_trainer(kind, tmp_path, model=model, trainer={"train_dataset": None})
+    expected = ours.evaluate(rows)
+    names = [f"eval_{name}" for name in ("nll", "ece", "brier", "temperature", "refinement")]
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    logged = [log for log in trainer.state.log_history if "eval_refinement" in log]
+    assert [logged[0][name] for name in names] == [found[name] for name in names]
+
+    trainer.train()  # with a learning rate of 0: the same weights
+    assert attached_calibrator(trainer.model) is callback.fitted
+    fitted = ours.calibrate(rows)
+    for name, tensor in fitted.tensors().items():
+        torch.testing.assert_close(callback.fitted.tensors()[name], tensor, rtol=1e-5, atol=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoCalibrator.from_pretrained(tmp_path / "saved").name == "temperature"
+    after = trainer.evaluate()
+    assert after["eval_nll"] <= found["eval_nll"] + 1e-6
+
+
+def test_the_best_checkpoint_by_refinement_is_kept(tmp_path):
+    rows = tiny.held_out_task_rows("several", 40)
+    trainer = stock_trainer(
+        "several", tmp_path, rows, max_steps=5, learning_rate=0.5, eval_strategy="steps", save_strategy="steps",
+        eval_steps=1, save_steps=1, metric_for_best_model="refinement", greater_is_better=False,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.add_callback(CalibrationCallback(trainer))
+    trainer.train()
+    found = [log["eval_refinement"] for log in trainer.state.log_history if "eval_refinement" in log]
+    assert len(found) == 5
+    assert trainer.state.best_metric == min(found) < max(found) - 0.01
+    assert attached_calibrator(trainer.model) is None
+
+
+def test_evaluations_of_several_sets(tmp_path):
+    sets = {"first": tiny.held_out_task_rows("several", 20), "second": tiny.held_out_task_rows("several", 29)[20:]}
+    trainer = stock_trainer("several", tmp_path, sets)
+    trainer.add_callback(CalibrationCallback(trainer))
+    found = trainer.evaluate()
+    ours = tiny.make_trainer("sequence", tmp_path, model=tiny.several_labels())
+    for name, rows in sets.items():
+        assert found[f"eval_{name}_nll"] == pytest.approx(ours.evaluate(rows)["eval_nll"], rel=1e-6)
+
+
+def test_refusals(tmp_path):
+    trainer = stock_trainer("several", tmp_path, None)
+    with pytest.raises(ValueError, match="calibrator: got 'temprature'; allowed are 'auto'"):
+        CalibrationCallback(trainer, calibrator="temprature")
+    headless = Trainer(BertModel(BertConfig(num_hidden_layers=1)), trainer.args)
+    with pytest.raises(ValueError, match="model: got BertModel; allowed are transformers models that classify"):
+        CalibrationCallback(headless)
+    trainer.add_callback(CalibrationCallback(trainer, trainer.train_dataset))
+    with pytest.raises(ValueError, match="dataset: 16 of 16 rows are in train_dataset too"):
+        trainer.train()

@@ -1,0 +1,84 @@
+"""A training that is killed goes on from its checkpoint as if nothing had happened, and the calibrator is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_calib import attach_calibrator, attached_calibrator, load_calibrated
+from hf_calib.calibrators import TemperatureScaling
+
+from . import one_step as tiny
+
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import one_step as tiny
+from transformers import TrainerCallback
+
+
+class Die(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+what, folder = sys.argv[2:]
+trainer = tiny.make_trainer(
+    "token", folder, calibration_loss="focal", max_steps=8, per_device_train_batch_size=4, save_strategy="steps",
+    save_steps=2, train_sampling_strategy="random", learning_rate=0.01, gradient_accumulation_steps=2,
+    trainer={"callbacks": [Die()] if what == "die" else None},
+)
+trainer.train(resume_from_checkpoint=True if what == "resume" else None)
+losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
+weights = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
+print(json.dumps({"losses": losses, "weights": weights, **trainer.evaluate(tiny.held_out_rows("token", 20))}))
+"""
+
+
+def run(what, folder):
+    command = [sys.executable, "-c", SCRIPT, str(Path(tiny.__file__).parent), what, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def last_line(done):
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_where_it_would_have(tmp_path):
+    unbroken = last_line(run("whole", tmp_path / "whole"))
+    assert run("die", tmp_path / "killed").returncode == -9
+    assert (tmp_path / "killed" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "killed" / "checkpoint-6").exists()
+    resumed = last_line(run("resume", tmp_path / "killed"))
+    assert list(unbroken["losses"]) == [str(step) for step in range(1, 9)]
+    assert resumed["losses"] == unbroken["losses"]
+    for key in ("weights", "eval_loss", "eval_refinement"):
+        assert resumed[key] == pytest.approx(unbroken[key], rel=1e-7)
+
+
+def test_a_checkpoint_carries_the_calibrator_of_the_model(tmp_path):
+    model = tiny.tiny_model("sequence")
+    calibrator = TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0]))
+    attach_calibrator(model, calibrator)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, save_strategy="steps", save_steps=1)
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        trainer.train()
+    loaded = load_calibrated(tmp_path / "checkpoint-1")
+    assert torch.equal(attached_calibrator(loaded).temperature, calibrator.temperature)
+    rows = tiny.held_out_rows("sequence", 30)
+    fitted = trainer.calibrate(rows)
+    trainer.save_model(str(tmp_path / "calibrated"))
+    again = load_calibrated(tmp_path / "calibrated")
+    assert torch.equal(attached_calibrator(again).temperature, fitted.temperature)
+    args = {"input_ids": rows[0]["input_ids"][None], "attention_mask": rows[0]["attention_mask"][None]}
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**args).logits, trainer.model.eval()(**args).logits)
