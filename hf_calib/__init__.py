@@ -39,7 +39,7 @@ _MODULES = {
         "CalibTransformerForTokenClassification",
         "CalibTransformerModel",
     ),
-    "predictions": ("Predictions", "collect_predictions"),
+    "predictions": ("Predictions", "average_predictions", "collect_predictions"),
     "report": ("CalibrationReport", "evaluate_calibration"),
     "training": ("CalibrationCallback", "CalibrationTrainer", "CalibrationTrainingArguments"),
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers.utils import logging
 
 from .attaching import folded_calibrator, in_eval_mode, is_folded, label_names_of, uncalibrated
 from .folding import undoing_map
+from .functional.checks import check_count
 
 
 PROGRESS_NAME, LOGITS_NAME = "progress.json", "logits.npy"
@@ -60,6 +63,8 @@ def collect_predictions(
     label_map: Mapping[str, str] | None = None,
     batch_size: int = 32,
     output_dir: str | Path | None = None,
+    passes: int = 0,
+    seed: int = 0,
 ) -> Predictions:
     """Runs a text classifier over labelled rows, with any attached calibrator suspended and any folded one undone.
 
@@ -78,6 +83,9 @@ def collect_predictions(
         output_dir (`str` or `Path`, *optional*): a folder that takes the logits as they come; an interrupted
             collection of the same rows by the same model goes on where it stopped, and a finished one is read back,
             memory-mapped.
+        passes (`int`): 0 runs the model once, with nothing dropped. K runs it K times with its dropout (Monte Carlo
+            dropout, Gal and Ghahramani 2016, arXiv 1506.02142): the logits are the logarithm of the mean probability.
+        seed (`int`): of what is dropped.
     Returns:
         [`Predictions`]: `logits` `(N, C)` float32, `labels` `(N,)` int64.
     Raises:
@@ -91,18 +99,43 @@ def collect_predictions(
     _check_model(model)
     _check_dataset(dataset, [*texts, label_column])
     dataset = dataset.with_format(None)  # plain Python values, whatever it was set to
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}; allowed are integers from 1 up")
+    check_count("batch_size", batch_size)
+    if passes != 0:
+        check_count("passes", passes)
     labels = torch.tensor(model_labels(dataset, label_column, model.config, label_map))
     tokenizer = processing_class if processing_class is not None else _tokenizer_of(model)
     _check_tokenizer(tokenizer)
     encoded = _encode(dataset, texts, tokenizer, model)
     shape = (len(labels), model.config.num_labels)
+    drops = {} if passes == 0 else {"passes": passes, "seed": seed, "batch_size": batch_size}
     store = (
-        _Store(shape) if output_dir is None else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels))
+        _Store(shape)
+        if output_dir is None
+        else _FolderStore(shape, Path(output_dir), _digest(model, encoded, labels, drops))
     )
-    _run(model, encoded, tokenizer, batch_size, store)
+    _run(model, encoded, tokenizer, batch_size, store, passes, seed)
     return Predictions(torch.from_numpy(store.finished()), labels, label_names_of(model.config))
+
+
+def average_predictions(predictions: Sequence[Predictions]) -> Predictions:
+    """The predictions of several models of the same rows as those of one: a deep ensemble.
+
+    Args:
+        predictions (sequence of [`Predictions`]): of models that differ in their training, such as in its seed.
+    Returns:
+        [`Predictions`]: whose logits are the logarithm of the mean probability.
+    Raises:
+        ValueError: there is none, or their rows or labels differ.
+    Source:
+        Lakshminarayanan et al. 2017 (arXiv 1612.01474).
+    """
+    if len(predictions) == 0:
+        raise ValueError("predictions: got none; allowed are those of one model or more")
+    first = predictions[0]
+    for number, other in enumerate(predictions):
+        if other.label_names != first.label_names or not torch.equal(other.labels, first.labels):
+            raise ValueError(f"predictions: number {number} is of other rows or labels than the first")
+    return Predictions(_log_mean_probs([each.logits for each in predictions]), first.labels, first.label_names)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -220,13 +253,13 @@ def max_length(tokenizer: Any, model: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if 0 < limit < NO_LIMIT), default=None)
 
 
-def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch.Tensor) -> str:
-    """What was asked for: which rows, of which model, wherever it lies."""
+def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch.Tensor, drops: dict[str, int]) -> str:
+    """What was asked for: which rows, of which model, wherever it lies, and how it drops out, if it does."""
     config = json.loads(
         model.config.to_json_string(use_diff=False),
         object_hook=lambda part: {key: value for key, value in part.items() if key not in INCIDENTAL},
     )
-    digest = hashlib.sha256(json.dumps([encoded, labels.tolist(), config]).encode())
+    digest = hashlib.sha256(json.dumps([encoded, labels.tolist(), config, *([drops] if drops else [])]).encode())
     folded = folded_calibrator(model)
     for name, tensor in [*model.state_dict().items(), *({} if folded is None else folded.tensors()).items()]:
         digest.update(name.encode())
@@ -234,22 +267,58 @@ def _digest(model: PreTrainedModel, encoded: list[dict[str, Any]], labels: torch
     return digest.hexdigest()
 
 
-def _run(model: PreTrainedModel, encoded: list[dict], tokenizer: Any, batch_size: int, store: _Store) -> None:
+def _run(
+    model: PreTrainedModel,
+    encoded: list[dict],
+    tokenizer: Any,
+    batch_size: int,
+    store: _Store,
+    passes: int,
+    seed: int,
+) -> None:
     """Fills the store batch by batch, longest rows first: what does not fit into memory fails at once."""
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     undo = undoing_map(model)
+
+    def predict(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits = model(**inputs, return_dict=True).logits.float()
+        return logits if undo is None else undo(logits).float()
+
     try:
         with torch.inference_mode(), in_eval_mode(model), uncalibrated(model):
             for batch in logging.tqdm(batches, desc="Predicting", unit="batch"):
                 if store.done[batch].all():
                     continue
                 inputs = tokenizer.pad([encoded[row] for row in batch], return_tensors="pt").to(model.device)
-                logits = model(**inputs, return_dict=True).logits.float()
-                logits = logits if undo is None else undo(logits).float()
+                if passes == 0:
+                    logits = predict(inputs)
+                else:  # a batch drops the same whether or not others have run before it
+                    with _dropping_out(model, seed=seed + batch[0]):
+                        logits = _log_mean_probs([predict(inputs) for _ in range(passes)])
                 store.put(batch, logits.cpu().numpy())
     finally:
         store.flush()
+
+
+@contextmanager
+def _dropping_out(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Within the block, dropout drops as in training, from this seed; what learns from batches does not."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        try:
+            yield
+        finally:
+            model.eval()
+
+
+def _log_mean_probs(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([each.log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 
 class _Store:

@@ -26,7 +26,7 @@ from hf_calib import (
     load_calibrated,
     save_calibrated,
 )
-from hf_calib.predictions import Predictions
+from hf_calib.predictions import Predictions, average_predictions
 
 
 SHUFFLED = ["glad", "sad", "calm"]  # the names of the fixture's ClassLabel, in its order
@@ -458,3 +458,71 @@ def test_the_fingerprint_is_of_every_logit_and_label():
     assert one.fingerprint() not in [other.fingerprint() for other in others]
     strided = Predictions(logits.T.contiguous().T, one.labels, one.label_names)
     assert strided.fingerprint() == one.fingerprint()
+
+
+# -- passes with dropout, and ensembles
+
+
+@pytest.fixture
+def dropping(classifier):
+    """The classifier with half of its hidden units dropped in training."""
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    return classifier
+
+
+def test_nothing_drops_out_of_a_single_pass(collect, dropping):
+    assert torch.equal(collect(model=dropping).logits, collect(model=dropping).logits)
+
+
+def test_passes_are_the_mean_of_what_dropout_leaves(collect, dropping):
+    one, many = collect(model=dropping, passes=1), collect(model=dropping, passes=300)
+    assert not torch.allclose(one.probs, collect(model=dropping).probs, atol=0.01)
+    assert torch.allclose(many.logits.exp().sum(-1), torch.ones(len(many)), atol=1e-5)
+    others = [collect(model=dropping, passes=1, seed=1000 * number).probs for number in range(300)]
+    assert (many.probs - torch.stack(others).mean(0)).abs().max() < 0.1
+    assert (one.probs - many.probs).abs().max() > 0.1
+    assert not any(module.training for module in dropping.modules())
+
+
+def test_the_seed_decides_what_drops_and_leaves_the_generator_alone(collect, dropping):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    found = [collect(model=dropping, passes=2, seed=seed).logits for seed in (3, 3, 4)]
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_an_interrupted_collection_of_passes_goes_on_as_if_it_had_not_been(collect, dropping, tmp_path):
+    expected = collect(model=dropping, passes=3, batch_size=4).logits
+    interrupted = copy.deepcopy(dropping)
+    Calls(interrupted, stop_at=7)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model=interrupted, passes=3, batch_size=4, output_dir=tmp_path / "found")
+    assert not any(module.training for module in interrupted.modules())
+    assert torch.equal(collect(model=dropping, passes=3, batch_size=4, output_dir=tmp_path / "found").logits, expected)
+    with pytest.raises(ValueError, match=r"output_dir: got .*, which holds something else"):
+        collect(model=dropping, passes=4, batch_size=4, output_dir=tmp_path / "found")
+
+
+@pytest.mark.parametrize("passes", [-1, 1.0, True, "2"])
+def test_numbers_of_passes_that_are_refused(passes, collect):
+    with pytest.raises(ValueError, match=f"passes: got {passes!r}; allowed are integers from 1 up"):
+        collect(passes=passes)
+
+
+def test_an_ensemble_is_the_mean_of_probabilities(collect):
+    first = collect()
+    second = Predictions(first.logits.flip(-1), first.labels, first.label_names)
+    mean = average_predictions([first, second])
+    torch.testing.assert_close(mean.probs, (first.probs + second.probs) / 2)
+    torch.testing.assert_close(average_predictions([first]).probs, first.probs)
+    assert torch.equal(mean.labels, first.labels)
+    other = Predictions(first.logits, first.labels.flip(0), first.label_names)
+    with pytest.raises(ValueError, match="predictions: number 1 is of other rows or labels than the first"):
+        average_predictions([first, other])
+    with pytest.raises(ValueError, match="predictions: got none; allowed"):
+        average_predictions([])
