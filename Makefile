@@ -1,11 +1,11 @@
 # The whole interface: demo, test, lint, bench, examples, test-oldest.
-# DATA is the folder of public logits and texts for `make bench`; without it the calibrators' benchmark is skipped.
+# DATA is the folder of public logits and texts for `make bench`; without it the calibrators' and the losses' are skipped.
 # PIP_ARGS goes to every pip install, for instance an index of CPU wheels: make demo PIP_ARGS="--index-url ..."
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 DATA ?=
-NO_DATA = "calibrators.py skipped: make bench DATA=FOLDER, with the files that problems.py names"
+NO_DATA = "calibrators.py and training.py skipped: make bench DATA=FOLDER, with the files that problems.py names"
 CONSTRAINTS ?= constraints.txt
 TRANSFORMERS = $(shell grep '^transformers==' $(CONSTRAINTS))
 VENV ?= .venv
@@ -31,9 +31,11 @@ bench: $(VENV)/.test $(VENV)/.package
 	$(BIN)/python examples/benchmarks/speed.py
 	$(BIN)/python examples/benchmarks/stream.py
 	$(BIN)/python examples/benchmarks/transformer.py
+	$(BIN)/python examples/benchmarks/losses.py
 	$(BIN)/python examples/benchmarks/demo.py
 	$(if $(DATA),$(BIN)/python examples/benchmarks/text_logits.py --data $(DATA),@echo $(NO_DATA))
 	$(if $(DATA),$(BIN)/python examples/benchmarks/calibrators.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python examples/benchmarks/training.py --data $(DATA))
 	$(BIN)/python examples/benchmarks/readme.py
 
 examples: $(VENV)/.test $(VENV)/.package

@@ -31,6 +31,7 @@ RESULT = Path(__file__).parent / "results" / "losses.json"
 TOKENS, VOCABULARY = 2_048, 49_152
 STOCK = "stock cross-entropy"
 BATCH, LENGTH, STEPS = 32, 64, 8
+STEP = f"a BERT of 4 layers of 256 and {BATCH} x {LENGTH} tokens"
 
 
 def stock(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ def main() -> None:
         return
     memory = {name: peak_megabytes(name) for name in (STOCK, *LOSSES)}
     record = {"memory_megabytes": memory, "losses": time_losses(options.rounds), "steps": time_steps(options.rounds)}
-    record |= {"what": f"{TOKENS} x {VOCABULARY} float32", "rounds": options.rounds}
+    record |= {"what": f"{TOKENS} x {VOCABULARY} float32", "step": STEP, "rounds": options.rounds}
     write_result(RESULT, record, "hf_calib", "torch", "transformers")
     print(json.dumps(record, indent=2))
 

@@ -88,6 +88,25 @@ def transformer_table() -> str:
     return _table(lines) + note + f"{record['machine']['threads']} threads; memory beyond that of the imports."
 
 
+def losses_table() -> str:
+    """Time and memory of every loss, and of a step with it."""
+    record = json.loads((HERE / "results" / "losses.json").read_text())
+    stock = "stock cross-entropy"
+    head = ["Loss", "Time", "Peak memory beyond the logits, MB", "Training step"]
+    lines = [head, [":---", *["---:"] * (len(head) - 1)]]
+    lines.append([stock, "1", f"{record['memory_megabytes'][stock]:.0f}", "1"])
+    for name in (name for name in record["losses"] if not name.startswith(stock)):
+        step = f"{record['steps'][name]:.3f}" if name in record["steps"] else ""
+        memory = f"{record['memory_megabytes'][name]:.0f}"
+        lines.append([f"`{name}`", f"{record['losses'][name]:.2f}", memory, step])
+    note = f"Beside the stock loss ({record['losses'][f'{stock}, seconds']:.2g} s), forward and backward, on "
+    note += (
+        f"{record['what']}; and beside the stock Trainer's step ({record['steps'][f'{stock}, seconds']:.2g} s) with "
+    )
+    note += f"{record['step']}. Medians of {record['rounds']} interleaved rounds on {record['machine']['threads']} threads. "
+    return _table(lines) + note + f"{_made_by('losses', record)}."
+
+
 def training_table(name: str = "training") -> str:
     """Every loss: scores of the test rows before and after a temperature; then what choosing by refinement changes."""
     record = json.loads((HERE / "results" / f"{name}.json").read_text())
@@ -154,6 +173,7 @@ def _made_by(name: str, record: dict) -> str:
 TABLES = {
     "calibrators": calibrators_table,
     "demo": demo_table,
+    "losses": losses_table,
     "speed": speed_table,
     "stream": stream_table,
     "training": training_table,

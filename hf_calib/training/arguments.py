@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..calibrators import CALIBRATORS
+from ..functional.checks import check_number
 from ..losses import LOSSES, make_loss
 
 
@@ -19,10 +20,10 @@ LOWER_IS_BETTER = ("nll", "refinement", "ece", "brier")
 class CalibrationTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with a loss and a calibrator.
 
-    Added: `calibration_loss=None`, `calibration_loss_kwargs=None`, `calibrator="temperature"`. No default of
-    `TrainingArguments` is changed, but `metric_for_best_model` knows that NLL, refinement, ECE and Brier are better
-    when they are lower: `TrainingArguments` alone would keep the worst checkpoint. They parse from the command line
-    and from JSON like all others.
+    Added: `calibration_loss=None`, `calibration_loss_kwargs=None`, `calibrator="temperature"`, `mixup_alpha=0.0`,
+    `mixup_weight=None`. No default of `TrainingArguments` is changed, but `metric_for_best_model` knows that NLL,
+    refinement, ECE and Brier are better when they are lower: `TrainingArguments` alone would keep the worst
+    checkpoint. They parse from the command line and from JSON like all others.
 
     When to use: with `CalibrationTrainer`, in place of `TrainingArguments`.
 
@@ -33,6 +34,10 @@ class CalibrationTrainingArguments(TrainingArguments):
             as in `--calibration_loss_kwargs '{"gamma": 2.0}'`.
         calibrator (`str`): what `CalibrationTrainer.calibrate` fits, a key of `CALIBRATORS`, or `"auto"`, which
             selects one by its cross-validated negative log-likelihood.
+        mixup_alpha (`float`, at least 0): above 0, each batch is trained on as mixtures of its rows, with shares from
+            Beta(alpha, alpha); 0.4 is a common choice (Thulasidasan et al. 2019, arXiv 1905.11001).
+        mixup_weight (`float`, *optional*): keeps the rows themselves, and adds the loss of the mixtures with this
+            weight; 1.0 with a `mixup_alpha` of 10 is RegMixup (Pinto et al. 2022, arXiv 2206.14502).
         kwargs: everything that `TrainingArguments` takes, except `label_smoothing_factor`.
     Raises:
         ValueError: a name or a hyper-parameter is unknown, a value is out of its range, the string is not a JSON
@@ -58,7 +63,17 @@ class CalibrationTrainingArguments(TrainingArguments):
         metadata={"help": f"What CalibrationTrainer.calibrate fits: {', '.join(CALIBRATOR_CHOICES)}."},
     )
 
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Above 0, a batch is trained on as mixtures of its rows."}
+    )
+    mixup_weight: float | None = field(
+        default=None, metadata={"help": "Of the mixtures' loss, added to that of the rows. None is mixtures alone."}
+    )
+
     def __post_init__(self):
+        check_number("mixup_alpha", self.mixup_alpha)
+        if self.mixup_weight is not None:
+            check_number("mixup_weight", self.mixup_weight)
         if isinstance(self.calibration_loss_kwargs, str):
             self.calibration_loss_kwargs = _read_json_object(self.calibration_loss_kwargs)
         if self.calibration_loss is None and self.calibration_loss_kwargs:

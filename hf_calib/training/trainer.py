@@ -18,6 +18,7 @@ from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .evaluating import EvaluationSums
 from .fitting import fit_and_attach, num_own_rows
+from .mixup import check_mixes, draw_mixture, mixed_inputs
 from .targets import (
     Rows,
     check_class_numbers,
@@ -119,7 +120,9 @@ class CalibrationTrainer(Trainer):
         """
         check_labels_are_there(self.model, inputs)
         items = count_labels(self.model, inputs) if num_items_in_batch is None else num_items_in_batch
-        if model.training and self.args.calibration_loss is None:
+        if model.training and self.args.mixup_alpha > 0:
+            loss, outputs = self._mixed_loss(model, inputs, items)
+        elif model.training and self.args.calibration_loss is None:
             loss, outputs = self._other_loss(model, inputs, items)
         else:
             outputs = model(**inputs_of_model(self.model, inputs))
@@ -136,6 +139,20 @@ class CalibrationTrainer(Trainer):
         # Trainer takes what stands first in a tuple for the loss.
         return loss, (outputs if isinstance(outputs, Mapping) else (loss, *outputs))
 
+    def _mixed_loss(
+        self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int
+    ) -> tuple[torch.Tensor, Any]:
+        """The loss of mixtures of the batch's rows, and, where they have a weight, that of the rows themselves."""
+        plain, loss_of = inputs_of_model(self.model, inputs), self.args.make_loss()
+        share, order = draw_mixture(len(inputs["labels"]), self.args.mixup_alpha)
+        outputs = model(**mixed_inputs(self.model, plain, share, order))
+        logits, labels = rows_of(self.model, inputs, outputs)
+        total = share * loss_of(logits, labels) + (1 - share) * loss_of(logits, labels[order.to(labels.device)])
+        if self.args.mixup_weight is not None:
+            outputs = model(**plain)
+            total = self.args.mixup_weight * total + loss_of(*rows_of(self.model, inputs, outputs))
+        return self._share(total, items), outputs
+
     def _other_loss(
         self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int
     ) -> tuple[torch.Tensor, Any]:
@@ -147,7 +164,11 @@ class CalibrationTrainer(Trainer):
             return self.compute_loss_func(outputs, labels, num_items_in_batch=items), outputs
         check_class_numbers(self.model, inputs)
         outputs = model(**inputs)
-        mean = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        mean = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+        if mean is None or mean.dim() > 0:
+            raise ValueError(
+                f"calibration_loss: got None, and {type(model).__name__} gives no loss of its own; name one"
+            )
         own = count_labels(self.model, inputs).to(mean.device)
         return self._share(mean.where(own > 0, 0.0) * own, items), outputs  # a mean of no labels is NaN
 
@@ -237,8 +258,10 @@ class CalibrationTrainer(Trainer):
     def _refuse_ignored_arguments(self) -> None:
         """Raises a ValueError for what `Trainer` takes but this loss would ignore, or get wrong."""
         args = self.args
+        if self.model is not None and args.mixup_alpha > 0:
+            check_mixes(self.model)
         columns = list(label_columns(self.model)) if self.model is not None else self.label_names
-        func = None if args.calibration_loss is None else self.compute_loss_func
+        func = None if args.calibration_loss is None and args.mixup_alpha == 0 else self.compute_loss_func
         refused = (
             ("compute_loss_func", func, None, "the loss is args.calibration_loss"),
             ("label_smoothing_factor", args.label_smoothing_factor, 0, "use calibration_loss='label_smoothing'"),

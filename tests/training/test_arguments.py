@@ -17,7 +17,13 @@ def test_added_and_changed_defaults():
     ours = {field.name: field.default for field in dataclasses.fields(CalibrationTrainingArguments)}
     theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     added = {key: value for key, value in ours.items() if key not in theirs or value != theirs[key]}
-    assert added == {"calibration_loss": None, "calibration_loss_kwargs": None, "calibrator": "temperature"}
+    assert added == {
+        "calibration_loss": None,
+        "calibration_loss_kwargs": None,
+        "calibrator": "temperature",
+        "mixup_alpha": 0.0,
+        "mixup_weight": None,
+    }
     for key, value in added.items():
         assert f"`{key}={json.dumps(value).replace('null', 'None')}`" in CalibrationTrainingArguments.__doc__
 

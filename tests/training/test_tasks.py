@@ -52,6 +52,17 @@ def test_a_penalty_of_the_model_counts_too(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_model_without_a_loss_of_its_own_needs_a_name(tmp_path):
+    class Silent(type(tiny.tiny_model("sequence"))):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids, attention_mask)
+
+    model = Silent(tiny.tiny_model("sequence").config)
+    with pytest.raises(ValueError, match="calibration_loss: got None, and Silent gives no loss of its own; name one"):
+        tiny.make_trainer("sequence", tmp_path, model=model).train()
+    tiny.make_trainer("sequence", tmp_path, model=model, calibration_loss="brier").train()
+
+
 @pytest.mark.parametrize("kind", ["sequence", "bart"])
 def test_a_loss_function_of_the_user(kind, tmp_path):
     def total(outputs, labels, num_items_in_batch):
