@@ -99,12 +99,12 @@ def losses_table() -> str:
         step = f"{record['steps'][name]:.3f}" if name in record["steps"] else ""
         memory = f"{record['memory_megabytes'][name]:.0f}"
         lines.append([f"`{name}`", f"{record['losses'][name]:.2f}", memory, step])
-    note = f"Beside the stock loss ({record['losses'][f'{stock}, seconds']:.2g} s), forward and backward, on "
+    loss, step = (record[kind][f"{stock}, seconds"] for kind in ("losses", "steps"))
+    note = f"Beside the stock loss ({loss:.2g} s), forward and backward, on {record['what']}; and beside the stock "
     note += (
-        f"{record['what']}; and beside the stock Trainer's step ({record['steps'][f'{stock}, seconds']:.2g} s) with "
+        f"Trainer's step ({step:.2g} s) with {record['step']}. Medians of {record['rounds']} interleaved rounds on "
     )
-    note += f"{record['step']}. Medians of {record['rounds']} interleaved rounds on {record['machine']['threads']} threads. "
-    return _table(lines) + note + f"{_made_by('losses', record)}."
+    return _table(lines) + note + f"{record['machine']['threads']} threads. {_made_by('losses', record)}."
 
 
 def training_table(name: str = "training") -> str:
