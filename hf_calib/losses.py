@@ -50,7 +50,7 @@ class _Loss(nn.Module):
         self.settings = bound.kwargs
         # The functions check their own arguments. One call here makes a bad value fail now, not at step one.
         weights = self.settings["class_weights"]
-        num_classes = 2 if weights is None else torch.as_tensor(weights).numel()
+        num_classes = len(weights) if isinstance(weights, (list, tuple, torch.Tensor)) and len(weights) else 2
         self(torch.zeros(1, num_classes, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"))
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

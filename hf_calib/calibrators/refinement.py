@@ -72,9 +72,9 @@ def _best(objectives: list[np.ndarray]) -> tuple[float, float]:
         return float(hottest[0, 0]), float(1 / (CENTRES[0] * NODES[0]))
     if not coldest[-1, 1] < 0:
         return float(coldest[-1, 0]), float(1 / (CENTRES[-1] * NODES[-1]))
-    number = next(index for index, objective in enumerate(objectives) if objective[-1, 1] < 0)
+    number = next(index for index, objective in enumerate(objectives) if objective[-1, 1] <= 0)
     objective = objectives[number]
     fitted = polynomial(objective, (0, 1, 2))
-    hot = int((objective[:, 1] > 0).nonzero()[0][-1])  # the last node, from hot to cold, that is too hot
+    hot = max((objective[:, 1] > 0).nonzero()[0], default=0)  # the last node, from hot to cold, that is too hot
     log_t = root(fitted, -math.log(NODES[hot + 1]), -math.log(NODES[hot]))
     return value_at(fitted, log_t), math.exp(log_t) / CENTRES[number]

@@ -198,7 +198,23 @@ def _with_gap(
             logits, labels, class_weights=class_weights, ignore_index=ignore_index, reduction=reduction
         )
     rows = weighted if class_weights is None else check_batch(logits, labels, None, ignore_index)
-    statistics = statistics_of(rows)
+    with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
+        return _loss_and_gap(statistics_of(rows), gap, weight, rows, weighted, class_weights, reduction).reshape(
+            logits.shape[:-1] if reduction == "none" else ()
+        )
+
+
+def _loss_and_gap(
+    statistics: RowFunction,
+    gap: Callable[[torch.Tensor], torch.Tensor],
+    weight: float,
+    rows: Rows,
+    weighted: Rows,
+    class_weights: ClassWeights,
+    reduction: str,
+) -> torch.Tensor:
+    """The loss of rows whose labels are as given, reduced by the weights of those whose shares are weighted."""
+    logits = rows.logits
     scale = None if class_weights is None else check_class_weights(class_weights, logits.shape[-1]).to(logits.device)
 
     def of_block(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -210,7 +226,7 @@ def _with_gap(
     added = weight * gap(found[rows.kept, 1:])
     losses = reduce_losses(found[:, 0], weighted, reduction)
     if reduction == "none":
-        return (losses + added * rows.kept).reshape(logits.shape[:-1])
+        return losses + added * rows.kept
     return losses + (added * rows.kept.sum() if reduction == "sum" else added)
 
 

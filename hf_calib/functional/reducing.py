@@ -17,8 +17,8 @@ from .checks import check_choice, check_labels
 
 
 REDUCTIONS = ("mean", "sum", "none")
-BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # 4 MB stay in a CPU's cache; a GPU wants few and large operations
-SUM_TOLERANCE = 1e-3  # of soft labels, which may have been rounded
+BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**24}  # 4 MB stay in a CPU's cache; a GPU wants few and large operations
+SUM_TOLERANCE = 1e-3  # of soft labels, which may have been rounded; in half precision, twice its rounding of 1
 
 ClassWeights = torch.Tensor | Sequence[float] | None
 # Log-probabilities `(n, C)` and labels, `(n,)` int64 or `(n, C)` shares that sum to 1, give `(n,)` or `(n, K)`
@@ -62,8 +62,9 @@ def check_batch(
     logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1, num_classes) if soft else labels.reshape(-1)
     kept = (labels != ignore_index).any(-1) if soft else labels != ignore_index
     if soft:
+        tolerance = max(SUM_TOLERANCE, 2 * torch.finfo(labels.dtype).eps)
         labels = labels.to(torch.promote_types(labels.dtype, torch.float32)).where(kept[:, None], 1 / num_classes)
-        _check_shares(labels)
+        _check_shares(labels, tolerance)
     else:
         labels = labels.long().where(kept, 0)
         if labels.numel():
@@ -80,7 +81,10 @@ def check_batch(
 
 def check_class_weights(class_weights: torch.Tensor | Sequence[float], num_classes: int) -> torch.Tensor:
     """The weights as `(C,)` float32; a ValueError unless they are finite, from 0 up, and not all 0."""
-    weights = torch.as_tensor(class_weights, dtype=torch.float32)
+    try:
+        weights = torch.as_tensor(class_weights, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"class_weights: got {class_weights!r}; allowed are a tensor or a list of numbers") from None
     if weights.shape != (num_classes,):
         raise ValueError(
             f"class_weights: got shape {tuple(weights.shape)}; allowed is one weight for each of {num_classes} classes"
@@ -102,7 +106,8 @@ def reduce_rows(
 ) -> torch.Tensor:
     """The loss of every kept row times its weight, 0 for the ignored; then their weighted mean, sum or neither."""
     rows = check_batch(logits, labels, class_weights, ignore_index)
-    losses = blocked(row_loss, rows)
+    with torch.autocast(logits.device.type, enabled=False):
+        losses = blocked(row_loss, rows)
     if rows.weights is not None:
         losses = losses * rows.weights
     return reduce_losses(losses, rows, reduction).reshape(logits.shape[:-1] if reduction == "none" else ())
@@ -194,9 +199,9 @@ def _block_logits(logits: torch.Tensor) -> int:
     return BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cuda"])
 
 
-def _check_shares(labels: torch.Tensor) -> None:
-    wrong = (labels.sum(-1) - 1).abs() > SUM_TOLERANCE
-    wrong |= ~((labels >= 0) & (labels <= 1 + SUM_TOLERANCE)).all(-1)
+def _check_shares(labels: torch.Tensor, tolerance: float) -> None:
+    wrong = (labels.sum(-1) - 1).abs() > tolerance
+    wrong |= ~((labels >= 0) & (labels <= 1 + tolerance)).all(-1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(

@@ -18,7 +18,7 @@ class CalibrationCallback(TrainerCallback):
 
     The scores cost a second pass over the evaluation rows, since a `Trainer` keeps what it has computed to itself.
     They are in the metrics before the best model is chosen: `metric_for_best_model="refinement"` works, with
-    `greater_is_better=False`.
+    `greater_is_better=False`. A callback that reads them, such as `EarlyStoppingCallback`, is added after this one.
 
     When to use: with a `Trainer` that cannot be a `CalibrationTrainer`, such as TRL's `SFTTrainer`:
     `trainer.add_callback(CalibrationCallback(trainer, dataset))`.
@@ -37,6 +37,13 @@ class CalibrationCallback(TrainerCallback):
         check_calibrator_name(calibrator)
         self.trainer, self.dataset, self.calibrator = trainer, dataset, calibrator
         self.fitted: Calibrator | None = None
+        self.batches: Any = None
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remembers what is evaluated."""
+        self.batches = kwargs["eval_dataloader"]
 
     def on_evaluate(
         self,
@@ -46,18 +53,14 @@ class CalibrationCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Adds and logs the scores of the evaluation rows that these metrics are of."""
-        rows, prefix = self.trainer.eval_dataset, "eval"
-        if isinstance(rows, dict):
-            names = [name for name in rows if any(key.startswith(f"eval_{name}_") for key in metrics)]
-            if len(names) != 1:
-                return
-            rows, prefix = rows[names[0]], f"eval_{names[0]}"
-        if rows is None:
+        """Adds the scores of the rows that these metrics are of, and logs them."""
+        batches, self.batches = self.batches, None
+        prefix = next(key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime"))
+        if batches is None or f"{prefix}_refinement" in metrics:  # no rows, or a CalibrationTrainer has done it
             return
         sums = EvaluationSums(of_events=has_several_labels(self.trainer.model))
-        for batch in row_batches(self.trainer, rows, raw=False):
-            sums.add(batch)
+        for rows in row_batches(self.trainer, batches, raw=False):
+            sums.add(rows)
         found = {f"{prefix}_{name}": value for name, value in (sums.compute() or {}).items()}
         new = {key: value for key, value in found.items() if key not in metrics}
         metrics.update(new)

@@ -32,8 +32,8 @@ class EvaluationSums:
         if len(labels) == 0:
             return
         self.refinement.update(logits, labels)
-        if not labels.is_floating_point() and not logits.isnan().any():
-            probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+        probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+        if not labels.is_floating_point() and not probs.isnan().any():
             self.metrics.update(probs[:, 1] if self.of_events else probs, labels)
 
     def compute(self) -> dict[str, float] | None:

@@ -53,12 +53,14 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
     base = without_adapters(model)
     check_calibrator_name(name)
     check_not_folded(base)
+    if dataset is None or isinstance(dataset, dict):
+        raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is one data set")
     streams = predicts_tokens(base)
     if (streams or answers_questions(base)) and name not in TEMPERATURE:
         what = "a language model" if streams else "a model that finds answers"
         raise ValueError(f"calibrator: got {name!r}; allowed for {what} are {', '.join(TEMPERATURE)}")
     refuse_seen_rows(trainer.train_dataset, dataset, base)
-    batches = row_batches(trainer, dataset)
+    batches = row_batches(trainer, trainer.get_test_dataloader(dataset))
     if streams:
         fitted = make_calibrator(name).fit_batches(map(kept_rows, batches))
     else:
@@ -74,11 +76,10 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
     return attached_calibrator(model)
 
 
-def row_batches(trainer: Trainer, dataset: Any, *, raw: bool = True) -> Iterator[Rows]:
+def row_batches(trainer: Trainer, batches: Iterable[dict], *, raw: bool = True) -> Iterator[Rows]:
     """Logits and labels of this process's rows, a batch at a time; raw ones, or as an attached calibrator has them."""
     model = trainer.model
     with uncalibrated(model) if raw else nullcontext(), in_eval_mode(model):
-        batches = trainer.get_test_dataloader(dataset)
         for inputs in logging.tqdm(batches, desc="Calibrating", disable=trainer.args.disable_tqdm):
             inputs = trainer._prepare_inputs(inputs)
             if any(inputs.get(column) is None for column in label_columns(model)):
@@ -104,8 +105,10 @@ def _gather_rows(
     accelerator: Accelerator, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(N, C)`, float32, and labels of the rows of all processes; missing classes are `-inf`."""
-    parts = [(logits.float(), labels) for logits, labels in batches]
-    width = max((logits.shape[-1] for logits, _ in parts), default=0)
+    parts = [(logits.float().cpu(), labels.cpu()) for logits, labels in batches]
+    if not parts:
+        raise ValueError(NO_LABELLED_ROW)
+    width = max(logits.shape[-1] for logits, _ in parts)
     logits = torch.cat([F.pad(each, (0, width - each.shape[-1]), value=-torch.inf) for each, _ in parts])
     labels = torch.cat([each for _, each in parts])
     if accelerator.num_processes > 1:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attaching import answers_questions, generates_text, predicts_tokens, without_adapters
+from ..functional.checks import check_labels
 
 
 IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
@@ -73,13 +74,25 @@ def check_labels_are_there(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_class_numbers(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raises a ValueError for labels of which stock heads would guess that a row has several of them."""
-    labels = inputs.get("labels")
-    if labels is not None and labels.is_floating_point() and not has_several_labels(model):
+    """Raises a ValueError for labels that a stock head would misread, or that crash it."""
+    labels, base = inputs["labels"], without_adapters(model)
+    if labels.is_floating_point():  # stock heads guess that a row has several labels
         raise ValueError(
             f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; allowed are class numbers. Shares take a "
             'calibration_loss, and several labels model.config.problem_type="multi_label_classification"'
         )
+    kept = labels[labels != IGNORED_LABEL]
+    if kept.numel() and not predicts_tokens(base):
+        check_labels(kept, base.config.num_labels)
+
+
+def has_row_loss(model: nn.Module) -> bool:
+    """Whether the model's own loss is cross-entropy over rows that are not counted as in the stock head.
+
+    A stock reader weighs starts and ends alike, however many of each lie in the text; a stock head of several labels
+    takes -100 for a label.
+    """
+    return has_several_labels(model) or answers_questions(without_adapters(model))
 
 
 def inputs_of_model(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +101,21 @@ def inputs_of_model(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     base = without_adapters(model)
     decodes = generates_text(base) and base.config.is_encoder_decoder
     if decodes and kept.keys().isdisjoint(("decoder_input_ids", "decoder_inputs_embeds")):
-        kept["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        kept["decoder_input_ids"] = _decoder_inputs(base, inputs["labels"])
     return kept
+
+
+def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """The labels one place later, after the token that starts a decoder."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or pad is None:
+        raise ValueError(
+            f"model.config: got decoder_start_token_id={start} and pad_token_id={pad}; allowed are token numbers, or "
+            "batches with decoder_input_ids"
+        )
+    return F.pad(labels[..., :-1], (1, 0), value=start).where(F.pad(labels[..., :-1], (1, 0)) != IGNORED_LABEL, pad)
 
 
 def rows_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Rows:
@@ -98,9 +124,12 @@ def rows_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Rows:
         named = isinstance(outputs, Mapping)
         start, end = (outputs["start_logits"], outputs["end_logits"]) if named else outputs[:2]
         return Rows(torch.stack([start, end], 1), _positions(inputs, start.shape[-1]).to(start.device))
+    if isinstance(outputs, Mapping) and outputs.get("logits") is None:
+        raise ValueError(f"model: got {type(without_adapters(model)).__name__}, which gives no logits")
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     labels = inputs["labels"].to(logits.device)
     if _predicts_next(model):
+        logits = logits[:, -labels.shape[-1] :]  # without the virtual tokens of a tuned prompt
         return Rows(logits, F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL))
     if has_several_labels(model):
         return Rows(torch.stack([torch.zeros_like(logits), logits], -1), _of_events(labels))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +27,7 @@ from .targets import (
     check_labels_are_there,
     check_model,
     count_labels,
+    has_row_loss,
     has_several_labels,
     inputs_of_model,
     label_columns,
@@ -41,7 +44,9 @@ class CalibrationTrainer(Trainer):
     one batch of 16, four accumulated batches of 4, and two processes with 8 each take the same step. `Trainer` alone
     (5.23) does not do this for classification heads: it adds up the micro-batches' means.
 
-    Without a `calibration_loss`, it is the model's own loss, scaled in the same way. A loss that compares a batch with
+    Without a `calibration_loss`, it is the model's own loss, scaled in the same way; of answers and of several labels,
+    cross-entropy, which is theirs. A loss with a name takes the place of all that the model's own holds, also of a
+    router's balancing, which is a mean of the micro-batches' and so not exact. A loss that compares a batch with
     itself (`mmce`, `soft_binned_ece`, `mdca`) is the mean of the micro-batches', by their labels.
 
     The evaluation loss is the mean negative log-likelihood, whatever the training loss, so that runs with different
@@ -86,6 +91,7 @@ class CalibrationTrainer(Trainer):
             raise ValueError(f"args: got {type(args).__name__}; allowed are CalibrationTrainingArguments")
         if model is not None:
             check_model(model)
+        self._in_training: contextlib.ExitStack | None = None
         super().__init__(model, args, *more, **kwargs)
         self._refuse_ignored_arguments()
         self.model_accepts_loss_kwargs = False  # labels are counted here
@@ -96,6 +102,8 @@ class CalibrationTrainer(Trainer):
         """As `Trainer.call_model_init`; refuses what `CalibrationTrainer` refuses."""
         model = super().call_model_init(trial)
         check_model(model)
+        if self._in_training is not None:
+            self._leave_raw(model)
         return model
 
     def compute_loss(
@@ -122,8 +130,10 @@ class CalibrationTrainer(Trainer):
         items = count_labels(self.model, inputs) if num_items_in_batch is None else num_items_in_batch
         if model.training and self.args.mixup_alpha > 0:
             loss, outputs = self._mixed_loss(model, inputs, items)
-        elif model.training and self.args.calibration_loss is None:
-            loss, outputs = self._other_loss(model, inputs, items)
+        elif model.training and self.compute_loss_func is not None:
+            loss, outputs = self._users_loss(model, inputs, items)
+        elif model.training and self.args.calibration_loss is None and not has_row_loss(self.model):
+            loss, outputs = self._models_loss(model, inputs, items)
         else:
             outputs = model(**inputs_of_model(self.model, inputs))
             rows = rows_of(self.model, inputs, outputs)
@@ -153,15 +163,19 @@ class CalibrationTrainer(Trainer):
             total = self.args.mixup_weight * total + loss_of(*rows_of(self.model, inputs, outputs))
         return self._share(total, items), outputs
 
-    def _other_loss(
+    def _users_loss(
         self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int
     ) -> tuple[torch.Tensor, Any]:
-        """The user's loss, which is scaled already, or the model's own: a mean, of which this is the batch's share."""
-        if self.compute_loss_func is not None:
-            outputs = model(**inputs_of_model(self.model, inputs))
-            labels = tuple(inputs[name] for name in label_columns(self.model))
-            labels = labels if len(labels) > 1 else labels[0]
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=items), outputs
+        """That of `compute_loss_func`, which has scaled it."""
+        outputs = model(**inputs_of_model(self.model, inputs))
+        labels = tuple(inputs[name] for name in label_columns(self.model))
+        loss = self.compute_loss_func(outputs, labels if len(labels) > 1 else labels[0], num_items_in_batch=items)
+        return loss, outputs
+
+    def _models_loss(
+        self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor | int
+    ) -> tuple[torch.Tensor, Any]:
+        """The model's own: a mean over the labels of the batch, of which this is the share."""
         check_class_numbers(self.model, inputs)
         outputs = model(**inputs)
         mean = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
@@ -212,26 +226,36 @@ class CalibrationTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = found["nll"]
             for name, value in found.items():
                 output.metrics.setdefault(f"{metric_key_prefix}_{name}", value)
+        elif f"{metric_key_prefix}_loss" in output.metrics:  # every label is ignored: that is not a loss of 0
+            output.metrics[f"{metric_key_prefix}_loss"] = math.nan
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`, with an attached calibrator suspended and a folded one forgotten; warns of either."""
-        if self.model is not None and is_folded(base := without_adapters(self.model)):
-            forget_folded(base)
-            warnings.warn(
-                "The calibrator in the model's weights is forgotten, because training changes them. "
-                "Fit one afterwards: trainer.calibrate(dataset).",
-                stacklevel=2,
-            )
-        with uncalibrated(self.model):
+        before = None if self.model is None else attached_calibrator(self.model)
+        with contextlib.ExitStack() as self._in_training:
+            self._in_training.callback(setattr, self, "_in_training", None)
+            if self.model is not None:
+                self._leave_raw(self.model)
             output = super().train(*args, **kwargs)
-        if attached_calibrator(self.model) is not None:
+        if before is not None and attached_calibrator(self.model) is before:
             warnings.warn(
                 "The attached calibrator was fitted before this training and does not fit the model any more. "
                 "Fit it again: trainer.calibrate(dataset).",
                 stacklevel=2,
             )
         return output
+
+    def _leave_raw(self, model: nn.Module) -> None:
+        """Until training ends, the model gives raw logits."""
+        if is_folded(base := without_adapters(model)):
+            forget_folded(base)
+            warnings.warn(
+                "The calibrator in the model's weights is forgotten, because training changes them. "
+                "Fit one afterwards: trainer.calibrate(dataset).",
+                stacklevel=3,
+            )
+        self._in_training.enter_context(uncalibrated(model))
 
     def calibrate(self, dataset: Any, *, calibrator: str | None = None) -> Calibrator:
         """Fits a calibrator to the model's predictions on held-out data and attaches it.

@@ -63,6 +63,14 @@ def test_rows_that_all_classes_share_have_no_temperature_to_find():
     assert found.nll == found.refinement == pytest.approx(math.log(4))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_best_temperature_may_be_the_last_node_of_a_centre(temperature):
+    logits = torch.tensor([[0.0, temperature * math.log(3)]]).repeat(4, 1)
+    found = sums_of(logits, torch.tensor([1, 1, 1, 0]))
+    assert found.temperature == pytest.approx(temperature, rel=1e-4)
+    assert found.refinement == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-6)
+
+
 def test_nan_is_shown_and_no_row_is_nan():
     assert math.isnan(RefinementSums().compute().nll)
     logits, labels = rows(2, 1.5, count=8)

@@ -80,6 +80,14 @@ def test_gradients_are_the_derivatives(loss, batch):
 
 
 @every_loss
+def test_autocast_changes_nothing(loss, batch):
+    logits, labels = batch[0].float(), batch[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(logits, labels)
+    assert torch.equal(found, loss(logits, labels))
+
+
+@every_loss
 def test_ignored_rows_leave_no_trace(loss, batch):
     logits, labels = batch
     kept = labels != -100

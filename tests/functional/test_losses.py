@@ -345,6 +345,29 @@ def test_class_weights_of_cross_entropy_are_torchs(batch):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # weights are float32
 
 
+@of_shares
+def test_shares_may_be_rounded_as_their_precision_rounds(loss):
+    shares = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    logits = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loss(logits, shares.bfloat16()), loss(logits, shares), rtol=0.02, atol=0)
+    with pytest.raises(ValueError, match="labels: row 0 is"):
+        loss(logits, (0.95 * shares).bfloat16())
+
+
+@every_loss
+def test_autocast_changes_nothing(loss, batch):
+    logits, labels = batch[0].float(), batch[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(logits, labels)
+    assert torch.equal(found, loss(logits, labels))
+
+
+@pytest.mark.parametrize("weights", ["balanced", {"a": 1}, [None, 1, 1], [[1], [1, 2]]])
+def test_class_weights_that_are_no_numbers(weights):
+    with pytest.raises(ValueError, match="class_weights: got .*; allowed are a tensor or a list of numbers"):
+        cross_entropy_loss(torch.zeros(2, 3), torch.zeros(2).long(), class_weights=weights)
+
+
 # -- memory
 
 

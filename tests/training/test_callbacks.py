@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, Trainer, TrainingArguments
+from transformers import BertConfig, BertModel, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_calib import AutoCalibrator, attached_calibrator
 from hf_calib.training import CalibrationCallback
@@ -87,6 +87,40 @@ def test_evaluations_of_several_sets(tmp_path):
     ours = tiny.make_trainer("sequence", tmp_path, model=tiny.several_labels())
     for name, rows in sets.items():
         assert found[f"eval_{name}_nll"] == pytest.approx(ours.evaluate(rows)["eval_nll"], rel=1e-6)
+
+
+def test_the_scores_are_of_the_rows_that_were_evaluated(tmp_path):
+    own, other = tiny.held_out_task_rows("several", 20), tiny.held_out_task_rows("several", 29)[20:]
+    ours = tiny.make_trainer("sequence", tmp_path, model=tiny.several_labels())
+    trainer = stock_trainer("several", tmp_path, {"val": own, "val_hard": other})
+    trainer.add_callback(CalibrationCallback(trainer))
+    found = trainer.evaluate()
+    for name, rows in (("val", own), ("val_hard", other)):
+        assert found[f"eval_{name}_nll"] == pytest.approx(ours.evaluate(rows)["eval_nll"], rel=1e-6)
+    assert trainer.evaluate(other)["eval_nll"] == found["eval_val_hard_nll"]
+    assert trainer.evaluate(other, metric_key_prefix="test")["test_nll"] == found["eval_val_hard_nll"]
+
+
+def test_in_our_own_trainer_it_only_calibrates(tmp_path):
+    rows = tiny.held_out_rows("sequence", 30)
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"eval_dataset": rows}, eval_strategy="epoch")
+    trainer.add_callback(CalibrationCallback(trainer, rows))
+    trainer.train()  # a warning would be an error
+    assert attached_calibrator(trainer.model) is not None
+    assert [set(log) - {"epoch", "step"} != set() for log in trainer.state.log_history].count(False) == 0
+
+
+def test_early_stopping_reads_its_scores(tmp_path):
+    rows = tiny.held_out_task_rows("several", 30)
+    trainer = stock_trainer(
+        "several", tmp_path, rows, max_steps=12, learning_rate=0.5, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, metric_for_best_model="refinement", greater_is_better=False,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.add_callback(CalibrationCallback(trainer))
+    trainer.add_callback(EarlyStoppingCallback(2))
+    trainer.train()
+    assert trainer.state.global_step < 12
 
 
 def test_refusals(tmp_path):

@@ -30,7 +30,14 @@ def test_accumulated_batches_equal_one(name, loss, tmp_path):
 @pytest.mark.parametrize("name", tiny.OWN_LOSS)
 def test_no_loss_is_the_models_own(name, tmp_path):
     model, batch = tiny.TASKS[name](), collate(tiny.task_rows(name, 16))
-    own = model(**batch).loss
+    if "answers" in name:  # whose own weighs starts and ends alike, however many are in the text
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        output = model(**inputs)
+        logits = torch.cat([output.start_logits, output.end_logits])
+        labels = torch.cat([batch["start_positions"], batch["end_positions"]])
+        own = F.cross_entropy(logits, labels.where(labels < 6, -100).where(labels >= 0, -100))
+    else:
+        own = model(**batch).loss
     own.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     expected = {"loss": own.item(), "grad_norm": norm.item()}
@@ -50,6 +57,77 @@ def test_a_penalty_of_the_model_counts_too(tmp_path):
     trainer.train()
     expected = tiny.one_step("sequence", tmp_path)["loss"] + 3
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_labels_may_be_whole_numbers_and_ignored(tmp_path):
+    rows = tiny.task_rows("several", 16)
+    for row in rows[::2]:
+        row["labels"][1] = -100
+    found = [
+        tiny.make_trainer(
+            "sequence", tmp_path, model=tiny.several_labels(), trainer={"train_dataset": each}, **batches
+        )
+        for each in (rows, [{**row, "labels": row["labels"].long()} for row in rows])
+        for batches in ({}, PARTS)
+    ]
+    for trainer in found:
+        trainer.train()
+    batch = collate(rows)
+    logits = tiny.several_labels()(batch["input_ids"], batch["attention_mask"]).logits
+    kept = batch["labels"] != -100
+    expected = F.binary_cross_entropy_with_logits(logits[kept], batch["labels"][kept]).item()
+    assert [trainer.state.log_history[0]["loss"] for trainer in found] == [pytest.approx(expected, rel=1e-5)] * 4
+
+
+def test_a_decoder_that_cannot_shift_its_labels_is_helped(tmp_path):
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {f"{side}_{key}": 1 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "init_std": 0.3, "dropout": 0.0}
+    config = M2M100Config(
+        vocab_size=50, max_position_embeddings=16, pad_token_id=0, decoder_start_token_id=2, attention_dropout=0.0,
+        activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, **sizes,
+    )  # fmt: skip
+    model = M2M100ForConditionalGeneration(config)
+    rows = tiny.language_rows(16)
+    own = model.eval()(**collate(rows)).loss.item()
+    trainer = tiny.make_trainer("bart", tmp_path, model=model)
+    assert trainer.evaluate(rows)["eval_nll"] == pytest.approx(own, rel=1e-5)
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(own, rel=1e-5)
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match=r"model.config: got decoder_start_token_id=None and pad_token_id=0; allowed"):
+        trainer.evaluate(rows)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_virtual_tokens_of_a_tuned_prompt_predict_nothing(tmp_path):
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    torch.manual_seed(0)
+    prompt = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    model = get_peft_model(tiny.tiny_language_model("gpt2"), prompt)
+    trainer = tiny.make_trainer("gpt2", tmp_path, model=model, calibration_loss="cross_entropy")
+    rows = tiny.language_rows(16)
+    with torch.no_grad():
+        expected = model.eval()(**collate(rows)).loss.item()
+    assert trainer.evaluate(rows)["eval_nll"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+
+
+def test_what_a_stock_head_would_misread_is_refused(tmp_path):
+    rows = [{**row, "labels": torch.tensor(5)} for row in tiny.tiny_rows("sequence", 16)]
+    with pytest.raises(ValueError, match="labels: got 5; allowed are 0 to 2"):
+        tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows}).train()
+
+    class Dumb(type(tiny.tiny_model("sequence"))):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return {"loss": super().forward(input_ids, attention_mask, labels=labels).loss}
+
+    model = Dumb(tiny.tiny_model("sequence").config)
+    with pytest.raises(ValueError, match="model: got Dumb, which gives no logits"):
+        tiny.make_trainer("sequence", tmp_path, model=model, calibration_loss="focal").train()
 
 
 def test_a_model_without_a_loss_of_its_own_needs_a_name(tmp_path):
@@ -110,7 +188,8 @@ def rows_by_hand(name, model, batch):
     if "answers" in name:
         logits = torch.stack([output.start_logits, output.end_logits], 1)
         labels = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
-        logits, labels = logits[labels < 6], labels[labels < 6]
+        inside = (labels >= 0) & (labels < 6)
+        logits, labels = logits[inside], labels[inside]
     elif name == "several":
         logits = torch.stack([torch.zeros_like(output.logits), output.logits], -1).flatten(0, 1)
         labels = batch["labels"].flatten().long()
@@ -181,7 +260,7 @@ def test_texts_of_other_lengths_have_other_numbers_of_positions(tmp_path):
         with torch.no_grad():
             output = tiny.reader().eval()(batch["input_ids"], batch["attention_mask"])
         for name in ("start", "end"):
-            kept = batch[f"{name}_positions"] < length
+            kept = (batch[f"{name}_positions"] >= 0) & (batch[f"{name}_positions"] < length)
             logits.append(F.pad(output[f"{name}_logits"][kept], (0, 6 - length), value=-torch.inf))
             labels.append(batch[f"{name}_positions"][kept])
     expected = TemperatureScaling().fit(torch.cat(logits), torch.cat(labels))

@@ -263,6 +263,19 @@ def test_eval_loss_is_the_exact_nll(kind, loss, tmp_path):
     assert_exact_metrics(found, logits, batch["labels"], prefix="eval_a")
 
 
+def test_infinite_logits_are_shown(tmp_path):
+    trainer = tiny.make_trainer("sequence", tmp_path)
+    trainer.model.classifier.bias.data[0] = torch.inf
+    found = trainer.evaluate(tiny.tiny_rows("sequence", 9, seed=1))
+    names = ("loss", "ece", "brier", "refinement", "temperature")
+    assert np.isnan([found[f"eval_{name}"] for name in names]).all()
+
+
+def test_labels_that_are_all_ignored_are_no_loss_of_zero(tmp_path):
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in tiny.tiny_rows("token", 5)]
+    assert np.isnan(tiny.make_trainer("token", tmp_path).evaluate(rows)["eval_loss"])
+
+
 def test_eval_loss_shows_nan(tmp_path):
     trainer = tiny.make_trainer("sequence", tmp_path)
     rows = tiny.tiny_rows("sequence", 9, seed=1)
@@ -301,6 +314,8 @@ def test_predicting_without_labels(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="dataset: got no labelled row; allowed are rows with a label"):
         tiny.make_trainer("sequence", tmp_path).calibrate(unlabelled(tiny.tiny_rows("sequence", 5, seed=1)))
+    with pytest.raises(ValueError, match="dataset: got no labelled row; allowed are rows with a label"):
+        tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": None}).calibrate([])
 
 
 # ---- refusals ----
@@ -511,6 +526,30 @@ def test_training_runs_on_raw_logits(kind, tmp_path):
     with uncalibrated(model):
         raw = batch_logits(model, batch)
     torch.testing.assert_close(batch_logits(model, batch), calibrator(raw))
+
+
+def test_a_calibrator_of_a_model_made_for_the_training_is_suspended_too(tmp_path):
+    expected = tiny.one_step("sequence", tmp_path, calibration_loss="focal")
+
+    def make():
+        return attach_calibrator(
+            tiny.tiny_model("sequence"), TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0]))
+        )
+
+    args = tiny.make_trainer("sequence", tmp_path, calibration_loss="focal").args
+    trainer = CalibrationTrainer(args=args, model_init=make, train_dataset=tiny.tiny_rows("sequence", 16))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    batch = collate(tiny.tiny_rows("sequence", 4))
+    with uncalibrated(trainer.model):
+        raw = batch_logits(trainer.model, batch)
+    assert not torch.allclose(batch_logits(trainer.model, batch), raw)
+
+
+def test_a_calibration_set_is_one_data_set(tmp_path):
+    for dataset, name in ((None, "NoneType"), ({"a": tiny.tiny_rows("sequence", 5)}, "dict")):
+        with pytest.raises(ValueError, match=f"dataset: got {name}; allowed is one data set"):
+            tiny.make_trainer("sequence", tmp_path).calibrate(dataset)
 
 
 @pytest.mark.parametrize("is_known", [True, False])
