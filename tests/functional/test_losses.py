@@ -364,7 +364,7 @@ def test_autocast_changes_nothing(loss, batch):
 
 @pytest.mark.parametrize("weights", ["balanced", {"a": 1}, [None, 1, 1], [[1], [1, 2]]])
 def test_class_weights_that_are_no_numbers(weights):
-    with pytest.raises(ValueError, match="class_weights: got .*; allowed are a tensor or a list of numbers"):
+    with pytest.raises(ValueError, match=r"class_weights: got .*; allowed are a tensor or a list of numbers"):
         cross_entropy_loss(torch.zeros(2, 3), torch.zeros(2).long(), class_weights=weights)
 
 
