@@ -35,6 +35,9 @@ from .targets import (
 )
 
 
+TRAINED_ON = "before a training"  # in the place of a hash: whoever loads the calibrator beside other weights is warned
+
+
 class CalibrationTrainer(Trainer):
     r"""`transformers.Trainer` with the loss that `args.calibration_loss` names, and `calibrate`.
 
@@ -247,7 +250,9 @@ class CalibrationTrainer(Trainer):
         return output
 
     def _leave_raw(self, model: nn.Module) -> None:
-        """Until training ends, the model gives raw logits."""
+        """Until training ends, the model gives raw logits; what is attached remembers that they were other weights'."""
+        if (calibrator := attached_calibrator(model)) is not None:
+            calibrator.provenance.setdefault("weights", TRAINED_ON)
         if is_folded(base := without_adapters(model)):
             forget_folded(base)
             warnings.warn(
