@@ -250,7 +250,7 @@ class CalibrationTrainer(Trainer):
         return output
 
     def _leave_raw(self, model: nn.Module) -> None:
-        """Until training ends, the model gives raw logits; what is attached remembers that they were other weights'."""
+        """Until training ends, the model gives raw logits; what is attached remembers that it is of other weights."""
         if (calibrator := attached_calibrator(model)) is not None:
             calibrator.provenance.setdefault("weights", TRAINED_ON)
         if is_folded(base := without_adapters(model)):
