@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.polynomial import chebyshev
 
 from ..functional.checks import describe
+from .hermite import interpolate, rising_root
 from .rows import check_rows, two_class_logits
 
 
@@ -81,7 +81,7 @@ def stream_temperature(
     sums = messages[:, 4:].sum(0).reshape(len(NODES), 3)
     if not sums[:, 1:].any():
         return StreamedTemperature(1.0, num_labels, int(rows), False, False)
-    objective = node_objective(sums / rows, label_sum / rows * math.exp(-centre))
+    objective = _objective(sums / rows, label_sum / rows * math.exp(-centre))
     if is_flat and objective[-1, 1] < 0:
         return StreamedTemperature(math.exp(centre), num_labels, int(rows), wrong == 0, True)
     return StreamedTemperature(
@@ -230,12 +230,12 @@ def _batch_sums(
             runner_up = z.masked_fill(z == best, -torch.inf).amax(-1)
             gap = gap.minimum((best[:, 0].double() - runner_up.double()).masked_fill(~kept, torch.inf).min())
         own = torch.stack([torch.ones_like(happened), (happened < 0).double(), happened])
-        nodes = node_values((z - best) * (1 / temperature))
+        nodes = _node_values((z - best) * (1 / temperature))
         sums += torch.cat([own, nodes.double()]).where(kept, 0).sum(-1)
     return sums, bad, gap
 
 
-def node_values(u: torch.Tensor) -> torch.Tensor:
+def _node_values(u: torch.Tensor) -> torch.Tensor:
     """`log sum exp(b u)` and its first two derivatives in `log b` at each of the nodes `b`: `(3 * nodes, rows)`.
 
     Args:
@@ -259,7 +259,7 @@ def node_values(u: torch.Tensor) -> torch.Tensor:
     return torch.stack(values)
 
 
-def node_objective(means: np.ndarray, label_mean: float) -> np.ndarray:
+def _objective(means: np.ndarray, label_mean: float) -> np.ndarray:
     """Mean NLL and its first two derivatives in log T at each node: `(nodes, 3)`."""
     return (means - (NODES * label_mean)[:, None]) * np.array([1, -1, 1])
 
@@ -276,39 +276,16 @@ def _optimum(objective: np.ndarray, centre: float) -> float:
         )
     hot = int((slopes > 0).nonzero()[0][-1])  # the last node, from hot to cold, that is too hot
     bracket = -np.log(NODES[hot + 1]), -np.log(NODES[hot])
-    fine, coarse = (root(polynomial(objective, orders), *bracket) for orders in ((0, 1, 2), (1, 2)))
+    fine, coarse = (
+        rising_root(interpolate(-np.log(NODES), objective, orders, HALF_WIDTH).deriv(), *bracket)
+        for orders in ((0, 1, 2), (1, 2))
+    )
     if not abs(fine - coarse) < MAX_DOUBT:
         raise ValueError(
             "batches: the rows' logits are so alike that the NLL changes too abruptly with the temperature for one "
             "pass. Use fit on a sample of the rows"
         )
     return fine
-
-
-def polynomial(objective: np.ndarray, orders: tuple[int, ...]) -> np.ndarray:
-    """Chebyshev coefficients, in log T over `HALF_WIDTH`, of the polynomial with these derivatives at the nodes."""
-    x, size = -np.log(NODES) / HALF_WIDTH, len(NODES) * len(orders)
-    equations = [
-        chebyshev.chebvander(x, size - 1 - order) @ chebyshev.chebder(np.eye(size), order) for order in orders
-    ]
-    known = np.concatenate([objective[:, order] * HALF_WIDTH**order for order in orders])
-    # Slopes alone leave its constant open, which least squares do not mind
-    return np.linalg.lstsq(np.concatenate(equations), known, rcond=None)[0]
-
-
-def value_at(coefficients: np.ndarray, log_t: float) -> float:
-    """The polynomial's value."""
-    return float(chebyshev.chebval(log_t / HALF_WIDTH, coefficients))
-
-
-def root(coefficients: np.ndarray, low: float, high: float) -> float:
-    """Where the polynomial's slope vanishes, by bisection."""
-    slope = chebyshev.chebder(coefficients)
-    for _ in range(50):
-        middle = (low + high) / 2
-        above = chebyshev.chebval(middle / HALF_WIDTH, slope) > 0
-        low, high = (low, middle) if above else (middle, high)
-    return (low + high) / 2
 
 
 def gather(message: Sequence[float], error: Exception | None) -> np.ndarray:
