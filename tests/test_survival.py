@@ -155,6 +155,33 @@ def test_token_classification_is_calibrated(applied, tokenizer):
         torch.testing.assert_close(torch.tensor(ours), theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("applied", APPLY)
+def test_image_classification_is_calibrated(applied):
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification
+
+    try:
+        from transformers import ViTImageProcessorPil as Processor
+    except ImportError:  # in older releases it has the plain name
+        from transformers import ViTImageProcessor as Processor
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
+        num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    model, calibrator, processor = ViTForImageClassification(config).eval(), structured(), Processor(size=8)
+    pixels = torch.randint(256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = [Image.fromarray(each.numpy()) for each in pixels]
+    wanted = calibrator.log_probs(logits_of(model, processor(images, return_tensors="pt"))).exp()
+    APPLY[applied](model, calibrator)
+    classify = pipeline("image-classification", model=model, image_processor=processor)
+    for found, probs in zip(classify(images, top_k=None, batch_size=2), wanted, strict=True):
+        scores = {entry["label"]: entry["score"] for entry in found}
+        assert [scores[f"LABEL_{index}"] for index in range(3)] == pytest.approx(probs.tolist(), abs=1e-5)
+    assert len(classify(images, top_k=2)[0]) == 2
+
+
 # -- history
 
 
