@@ -150,11 +150,11 @@ def _spread(values: np.ndarray, *, signed: bool = False) -> str:
 
 def _verdicts(changes: dict[str, np.ndarray]) -> str:
     """Which losses are better and worse than cross-entropy after a temperature, by two standard errors."""
-    found = {"lower": [], "higher": [], "the same": []}
+    found = {"lower": [], "higher": [], "not to be told apart": []}
     for loss, values in changes.items():
         error = 2 * values.std(ddof=1) / len(values) ** 0.5
         if loss != "cross_entropy":
-            key = "lower" if values.mean() < -error else "higher" if values.mean() > error else "the same"
+            key = "lower" if values.mean() < -error else "higher" if values.mean() > error else "not to be told apart"
             found[key].append(f"`{loss}`")
     parts = [f"{what} with {', '.join(names)}" for what, names in found.items() if names]
     start = "Beside cross-entropy, and to two standard errors over the seeds, the NLL after the temperature is "
