@@ -14,7 +14,7 @@ import torch
 
 from ..metrics.distributed import sum_over_processes
 from .hermite import interpolate, rising_root
-from .streaming import BLOCK_LOGITS
+from .streaming import nll_derivatives, split_rows
 
 
 # Inverse temperatures, hottest first: each twice the one before, so that its exponentials are squares of those before
@@ -44,9 +44,8 @@ class RefinementSums:
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds rows: logits `(N, C)` and labels `(N,)`, or shares `(N, C)`; none is ignored."""
-        rows = max(1, BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cpu"]) // logits.shape[-1])
         sums = torch.zeros_like(self.sums, device=logits.device)
-        for z, y in zip(logits.split(rows), labels.split(rows), strict=True):
+        for z, y in split_rows(logits, labels):
             z = z.to(torch.promote_types(z.dtype, torch.float32))
             z = z - z.amax(-1, keepdim=True)
             if y.is_floating_point():
@@ -63,8 +62,7 @@ class RefinementSums:
         if num_rows == 0 or not sums.isfinite().all():
             return Refinement(num_rows, math.nan, math.nan, math.nan)
         label_mean, *means = (sums / num_rows).tolist()
-        # mean NLL and its first two derivatives in log T, whose sign is that of log b turned
-        objective = (np.reshape(means, (len(NODES), 3)) - (NODES * label_mean)[:, None]) * np.array([1, -1, 1])
+        objective = nll_derivatives(NODES, np.reshape(means, (len(NODES), 3)), label_mean)
         nll = objective[list(NODES).index(1.0), 0]
         return Refinement(num_rows, float(nll), *_best(objective))
 

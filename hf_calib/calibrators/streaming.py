@@ -81,7 +81,7 @@ def stream_temperature(
     sums = messages[:, 4:].sum(0).reshape(len(NODES), 3)
     if not sums[:, 1:].any():
         return StreamedTemperature(1.0, num_labels, int(rows), False, False)
-    objective = _objective(sums / rows, label_sum / rows * math.exp(-centre))
+    objective = nll_derivatives(NODES, sums / rows, label_sum / rows * math.exp(-centre))
     if is_flat and objective[-1, 1] < 0:
         return StreamedTemperature(math.exp(centre), num_labels, int(rows), wrong == 0, True)
     return StreamedTemperature(
@@ -217,8 +217,7 @@ def _batch_sums(
     """Sums over the rows of a batch, the number of bad rows, and the least distance of a runner-up from the best."""
     sums = torch.zeros(3 + 3 * len(NODES), dtype=torch.float64, device=logits.device)
     bad, gap = sums.new_zeros(()), sums.new_full((), torch.inf)
-    rows = max(1, BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cpu"]) // logits.shape[-1])
-    for z, y in zip(logits.split(rows), labels.split(rows), strict=True):
+    for z, y in split_rows(logits, labels):
         kept = y != ignore_index
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         best = z.amax(-1, keepdim=True)
@@ -259,9 +258,20 @@ def _node_values(u: torch.Tensor) -> torch.Tensor:
     return torch.stack(values)
 
 
-def _objective(means: np.ndarray, label_mean: float) -> np.ndarray:
-    """Mean NLL and its first two derivatives in log T at each node: `(nodes, 3)`."""
-    return (means - (NODES * label_mean)[:, None]) * np.array([1, -1, 1])
+def split_rows(logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows in blocks that a cache holds."""
+    rows = max(1, BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cpu"]) // logits.shape[-1])
+    return zip(logits.split(rows), labels.split(rows), strict=True)
+
+
+def nll_derivatives(nodes: np.ndarray, means: np.ndarray, label_mean: float) -> np.ndarray:
+    """Mean NLL and its first two derivatives in log T at each inverse temperature: `(nodes, 3)`.
+
+    Args:
+        means (`(nodes, 3)`): of `log sum exp(b u)` and its first two derivatives in `log b`, over rows.
+        label_mean (`float`): of the label's u.
+    """
+    return (means - (nodes * label_mean)[:, None]) * np.array([1, -1, 1])  # log T is log b turned
 
 
 def _optimum(objective: np.ndarray, centre: float) -> float:

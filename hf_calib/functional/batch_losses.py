@@ -20,7 +20,6 @@ from .reducing import (
     blocked,
     blocks_of,
     check_batch,
-    check_class_weights,
     reduce_losses,
 )
 
@@ -192,41 +191,24 @@ def _with_gap(
 ) -> torch.Tensor:
     """Cross-entropy, with the gap of the whole batch, a function of `(n, K)` of its rows, added to each of them."""
     check_number("weight", weight)
-    weighted = check_batch(logits, labels, class_weights, ignore_index)
-    if weight == 0 or not weighted.kept.any():
+    rows = check_batch(logits, labels, class_weights, ignore_index)
+    if weight == 0 or not rows.kept.any():
         return cross_entropy_loss(
             logits, labels, class_weights=class_weights, ignore_index=ignore_index, reduction=reduction
         )
-    rows = weighted if class_weights is None else check_batch(logits, labels, None, ignore_index)
     with torch.autocast(logits.device.type, enabled=False):  # which would multiply in half precision
-        return _loss_and_gap(statistics_of(rows), gap, weight, rows, weighted, class_weights, reduction).reshape(
-            logits.shape[:-1] if reduction == "none" else ()
-        )
+        statistics = statistics_of(rows)
 
+        def of_block(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            # One pass through the logits, and one gradient of their size, for both parts of the loss
+            weighted = log_probs if rows.class_weights is None else log_probs * rows.class_weights
+            return torch.cat([surprise(weighted, labels)[:, None], statistics(log_probs, labels)], -1)
 
-def _loss_and_gap(
-    statistics: RowFunction,
-    gap: Callable[[torch.Tensor], torch.Tensor],
-    weight: float,
-    rows: Rows,
-    weighted: Rows,
-    class_weights: ClassWeights,
-    reduction: str,
-) -> torch.Tensor:
-    """The loss of rows whose labels are as given, reduced by the weights of those whose shares are weighted."""
-    logits = rows.logits
-    scale = None if class_weights is None else check_class_weights(class_weights, logits.shape[-1]).to(logits.device)
-
-    def of_block(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # One pass through the logits, and one gradient of their size, for both parts of the loss
-        losses = surprise(log_probs if scale is None else log_probs * scale, labels)
-        return torch.cat([losses[:, None], statistics(log_probs, labels)], -1)
-
-    found = blocked(of_block, rows)
-    added = weight * gap(found[rows.kept, 1:])
-    losses = reduce_losses(found[:, 0], weighted, reduction)
+        found = blocked(of_block, rows)
+        added = weight * gap(found[rows.kept, 1:])
+    losses = reduce_losses(found[:, 0], rows.kept, rows.weights(), reduction)
     if reduction == "none":
-        return losses + added * rows.kept
+        return (losses + added * rows.kept).reshape(logits.shape[:-1])
     return losses + (added * rows.kept.sum() if reduction == "sum" else added)
 
 

@@ -31,7 +31,13 @@ class Rows(NamedTuple):
     logits: torch.Tensor  # (N, C)
     labels: torch.Tensor  # (N,) int64 in [0, C), or (N, C) shares that sum to 1; anything in [0, C) where not kept
     kept: torch.Tensor  # (N,) bool
-    weights: torch.Tensor | None  # (N,) float32; None where every row weighs 1
+    class_weights: torch.Tensor | None  # (C,) float32; None where every class weighs 1
+
+    def weights(self) -> torch.Tensor | None:
+        """What each row counts, `(N,)`: as its label; a row of shares as the mean of its labels."""
+        if self.class_weights is None or self.labels.dim() == 1:
+            return None if self.class_weights is None else self.class_weights[self.labels]
+        return self.labels @ self.class_weights.to(self.labels.dtype)
 
 
 def check_batch(
@@ -40,10 +46,7 @@ def check_batch(
     class_weights: ClassWeights = None,
     ignore_index: int = -100,
 ) -> Rows:
-    """Validates logits and labels, flattens leading dimensions, and finds which rows count, and how much.
-
-    A row of soft labels is a mixture of rows with one label each: its weight is the mean of theirs, and its shares are
-    those of the weights.
+    """Validates logits, labels and class weights, flattens leading dimensions, and finds which rows count.
 
     Raises:
         ValueError: as `cross_entropy_loss`.
@@ -69,17 +72,12 @@ def check_batch(
         labels = labels.long().where(kept, 0)
         if labels.numel():
             check_labels(labels, num_classes)
-    if class_weights is None:
-        return Rows(logits, labels, kept, None)
-    weights = check_class_weights(class_weights, num_classes).to(logits.device)
-    if not soft:
-        return Rows(logits, labels, kept, weights[labels])
-    row_weights = labels @ weights.to(labels.dtype)
-    shares = labels * weights / row_weights[:, None].clamp_min(torch.finfo(labels.dtype).tiny)
-    return Rows(logits, shares, kept, row_weights)
+    if class_weights is not None:
+        class_weights = _check_class_weights(class_weights, num_classes).to(logits.device)
+    return Rows(logits, labels, kept, class_weights)
 
 
-def check_class_weights(class_weights: torch.Tensor | Sequence[float], num_classes: int) -> torch.Tensor:
+def _check_class_weights(class_weights: torch.Tensor | Sequence[float], num_classes: int) -> torch.Tensor:
     """The weights as `(C,)` float32; a ValueError unless they are finite, from 0 up, and not all 0."""
     try:
         weights = torch.as_tensor(class_weights, dtype=torch.float32)
@@ -104,25 +102,36 @@ def reduce_rows(
     ignore_index: int,
     reduction: str,
 ) -> torch.Tensor:
-    """The loss of every kept row times its weight, 0 for the ignored; then their weighted mean, sum or neither."""
+    """The loss of every kept row times its weight, 0 for the ignored; then their weighted mean, sum or neither.
+
+    A row of shares is a mixture of rows with one label each: they are shares of the weight.
+    """
     rows = check_batch(logits, labels, class_weights, ignore_index)
+    weights = rows.weights()
     with torch.autocast(logits.device.type, enabled=False):
-        losses = blocked(row_loss, rows)
-    if rows.weights is not None:
-        losses = losses * rows.weights
-    return reduce_losses(losses, rows, reduction).reshape(logits.shape[:-1] if reduction == "none" else ())
+        if weights is None or rows.labels.dim() == 1:
+            losses = blocked(row_loss, rows)
+        else:
+            whole = weights[:, None].clamp_min(torch.finfo(weights.dtype).tiny)
+            losses = blocked(row_loss, rows._replace(labels=rows.labels * rows.class_weights / whole))
+    losses = losses if weights is None else losses * weights
+    return reduce_losses(losses, rows.kept, weights, reduction).reshape(
+        logits.shape[:-1] if reduction == "none" else ()
+    )
 
 
-def reduce_losses(losses: torch.Tensor, rows: Rows, reduction: str) -> torch.Tensor:
+def reduce_losses(
+    losses: torch.Tensor, kept: torch.Tensor, weights: torch.Tensor | None, reduction: str
+) -> torch.Tensor:
     """Weighted losses `(N,)`, 0 where a row is not kept: their sum over the sum of the weights, their sum, or they."""
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    if rows.weights is None:
-        return losses.sum() / rows.kept.sum().clamp_min(1)
-    return losses.sum() / rows.weights.where(rows.kept, 0.0).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    if weights is None:
+        return losses.sum() / kept.sum().clamp_min(1)
+    return losses.sum() / weights.where(kept, 0.0).sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def blocked(function: RowFunction, rows: Rows) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`TrainingArguments` and the three choices that calibrated training adds."""
+"""`TrainingArguments` and the choices that calibrated training adds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ class CalibrationTrainingArguments(TrainingArguments):
         default="temperature",
         metadata={"help": f"What CalibrationTrainer.calibrate fits: {', '.join(CALIBRATOR_CHOICES)}."},
     )
-
     mixup_alpha: float = field(
         default=0.0, metadata={"help": "Above 0, a batch is trained on as mixtures of its rows."}
     )

@@ -86,7 +86,7 @@ def row_batches(trainer: Trainer, batches: Iterable[dict], *, raw: bool = True) 
                 raise ValueError(NO_LABELLED_ROW)
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 rows = rows_of(model, inputs, model(**inputs_of_model(model, inputs)))
-            yield Rows(*(values[: num_own_rows(trainer, len(values))] for values in rows))
+            yield own_rows(trainer, rows)
 
 
 def _rows_to_fit(model: nn.Module) -> Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]:
@@ -124,9 +124,10 @@ def _gather_rows(
     return logits.cpu(), labels.cpu()
 
 
-def num_own_rows(trainer: Trainer, batch_size: int) -> int:
-    """How many rows of this process's batch are not there to fill up the last one."""
-    state = trainer.accelerator.gradient_state
+def own_rows(trainer: Trainer, rows: Rows) -> Rows:
+    """Those of this process's batch that are not there to fill up the last one."""
+    state, batch_size = trainer.accelerator.gradient_state, len(rows.logits)
     if not state.end_of_dataloader or state.remainder <= 0:
-        return batch_size
-    return max(0, state.remainder - trainer.accelerator.process_index * batch_size)
+        return rows
+    number = max(0, state.remainder - trainer.accelerator.process_index * batch_size)
+    return Rows(rows.logits[:number], rows.labels[:number])

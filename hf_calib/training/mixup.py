@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attaching import answers_questions, predicts_tokens, without_adapters
-
-
-WHOLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+from ..attaching import without_adapters
+from .targets import OF_WHOLE, has_head
 
 
 def check_mixes(model: nn.Module) -> None:
     """Raises a ValueError unless the model classifies whole inputs, and takes them as embeddings or numbers."""
     base = without_adapters(model)
     takes = inspect.signature(base.forward).parameters
-    is_whole = any(head in kind.__name__ for kind in type(base).__mro__ for head in WHOLE)
-    if not is_whole or predicts_tokens(base) or answers_questions(base) or base.config.is_encoder_decoder:
+    if not has_head(base, OF_WHOLE) or base.config.is_encoder_decoder:
         raise ValueError(
             f"mixup_alpha: {type(base).__name__} cannot be trained on mixtures; allowed are encoders that classify "
             "whole texts, images or sounds"

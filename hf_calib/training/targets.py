@@ -6,7 +6,7 @@ answer, one of several labels that a text may have. A loss, a count and a calibr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,8 @@ from ..functional.checks import check_labels
 
 
 IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
-CLASSIFIERS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForImageClassification",
-    "ForAudioClassification",
-)
+OF_WHOLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+CLASSIFIERS = (*OF_WHOLE, "ForTokenClassification")
 POSITIONS = ("start_positions", "end_positions")
 PROBLEMS = (None, "single_label_classification", "multi_label_classification")
 
@@ -39,12 +35,11 @@ class Rows(NamedTuple):
 def check_model(model: nn.Module) -> None:
     """Raises a ValueError unless the model has a head and a configuration whose rows are known."""
     model = without_adapters(model)
-    names = [base.__name__ for base in type(model).__mro__]
     if isinstance(model, PreTrainedModel) and (answers_questions(model) or predicts_tokens(model)):
         return
-    if not isinstance(model, PreTrainedModel) or not any(head in name for name in names for head in CLASSIFIERS):
+    if not isinstance(model, PreTrainedModel) or not has_head(model, CLASSIFIERS):
         raise ValueError(
-            f"model: got {names[0]}; allowed are transformers models that classify (a class named "
+            f"model: got {type(model).__name__}; allowed are transformers models that classify (a class named "
             f"...{' or ...'.join(CLASSIFIERS)}), generate text, fill masks or find answers"
         )
     problem = getattr(model.config, "problem_type", None)
@@ -54,6 +49,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model.config.num_labels: got {model.config.num_labels}, which means regression; allowed are 2 and more"
         )
+
+
+def has_head(model: nn.Module, heads: Iterable[str]) -> bool:
+    """Whether the model's class, or one that it is made from, is named for such a head."""
+    return any(head in kind.__name__ for kind in type(model).__mro__ for head in heads)
 
 
 def label_columns(model: nn.Module) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from ..calibrators import Calibrator
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .evaluating import EvaluationSums
-from .fitting import fit_and_attach, num_own_rows
+from .fitting import fit_and_attach, own_rows
 from .mixup import check_mixes, draw_mixture, mixed_inputs
 from .targets import (
     Rows,
@@ -210,7 +210,7 @@ class CalibrationTrainer(Trainer):
         result = super().prediction_step(model, inputs, *more, **kwargs)
         rows, self._evaluated = self._evaluated, None
         if rows is not None:
-            self._sums.add(Rows(*(values[: num_own_rows(self, len(values))] for values in rows)))
+            self._sums.add(own_rows(self, rows))
         return result
 
     def evaluation_loop(
