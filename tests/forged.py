@@ -20,6 +20,12 @@ def change_tensors(folder, **changes):
     save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, path)
 
 
+def forge(folder, **changes):
+    """Replaces keys as one who knows about the checksum."""
+    change_json(folder, **changes)
+    sign(folder)
+
+
 def sign(folder):
     """Makes the checksum fit what the two files now hold."""
     record = json.loads((folder / "calibrator.json").read_text())

@@ -37,7 +37,7 @@ from hf_calib import (
 from hf_calib.attaching import folded_calibrator
 from hf_calib.folding import remove_calibrator
 
-from .forged import change_json, sign
+from .forged import forge
 
 
 APPLY = {"attached": attach_calibrator, "folded": fold_calibrator}
@@ -70,11 +70,6 @@ def plain_load(folder):
 
 def state(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def change(folder, **changes):
-    change_json(folder, **changes)
-    sign(folder)
 
 
 # -- one folder
@@ -432,14 +427,14 @@ def test_other_weights_are_loaded_with_a_warning(saved, classifier):
     ],
 )
 def test_a_record_that_was_tampered_with_is_refused(changes, message, saved):
-    change(saved, **changes)
+    forge(saved, **changes)
     with pytest.raises(ValueError, match=message):
         load_calibrated(saved)
 
 
 def test_the_weights_and_the_record_agree_on_how_it_is_applied(saved, applied):
     other = {"attached": "folded", "folded": "attached"}[applied]
-    change(saved, applied=other)
+    forge(saved, applied=other)
     messages = {"folded": r"the weights, but config\.json does not", "attached": "is folded into its weights"}
     with pytest.raises(ValueError, match=messages[other]):
         load_calibrated(saved)

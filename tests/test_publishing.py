@@ -14,7 +14,7 @@ from hf_calib import IsotonicCalibration, attach_calibrator, evaluate_calibratio
 from hf_calib.card_text import START
 from hf_calib.publishing import card_of, card_to_keep, check_calibrated_folder
 
-from .forged import change_json, sign
+from .forged import forge
 from .loopback_hub import File, HubError, LoopbackHub, _Handler
 from .tiny import make_classifier, make_tokenizer, mostly_predicted, save_sentiment_classifier
 
@@ -274,24 +274,19 @@ def test_a_saved_folder_is_fine(saved):
     check_calibrated_folder(saved)
 
 
-def change(folder, **changes):
-    change_json(folder, **changes)
-    sign(folder)
-
-
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
         (shutil.rmtree, FileNotFoundError, "folder: got .*made; allowed is a folder that hf-calib fit"),
         (lambda folder: (folder / "calibrator.json").unlink(), FileNotFoundError, r"holds no calibrator\.json"),
-        (lambda folder: change(folder, type="magic"), ValueError, "type 'magic' is unknown"),
+        (lambda folder: forge(folder, type="magic"), ValueError, "type 'magic' is unknown"),
         (
             lambda folder: (folder / "calibrator.safetensors").write_bytes(b""),
             ValueError,
             "not a readable safetensors",
         ),
-        (lambda folder: change(folder, applied=None), ValueError, "folder: .*applied=None; allowed are"),
-        (lambda folder: change(folder, weights="0" * 64), ValueError, "folder: the weights in .* are not those"),
+        (lambda folder: forge(folder, applied=None), ValueError, "folder: .*applied=None; allowed are"),
+        (lambda folder: forge(folder, weights="0" * 64), ValueError, "folder: the weights in .* are not those"),
         (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, r"folder: .* holds no config\.json and"),
         (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "folder: .* holds no weights"),
     ],

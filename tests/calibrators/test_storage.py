@@ -14,7 +14,7 @@ from hf_calib import AutoCalibrator, IsotonicCalibration, TemperatureScaling
 from hf_calib.calibrators.storage import calibrator_sha256
 from hf_calib.version import __version__
 
-from ..forged import change_json, change_tensors, sign
+from ..forged import change_json, change_tensors, forge
 
 
 LOGITS = 3 * torch.eye(3).repeat(4, 1)
@@ -137,8 +137,7 @@ def test_a_reader_goes_on_to_the_calibrator_that_is_saved_meanwhile(folder, monk
 
 def test_a_newer_file_loads_with_a_warning(folder):
     expected = AutoCalibrator.from_pretrained(folder)
-    change_json(folder, library_version="99.0", smoothing=0.1, mode="new")
-    sign(folder)
+    forge(folder, library_version="99.0", smoothing=0.1, mode="new")
     with pytest.warns(UserWarning, match=r"ignoring mode, smoothing, written by hf_calib 99\.0") as warned:
         loaded = AutoCalibrator.from_pretrained(folder)
     assert warned[0].filename == __file__
@@ -146,15 +145,13 @@ def test_a_newer_file_loads_with_a_warning(folder):
 
 
 def test_the_keys_of_a_model_beside_it_are_known(folder):
-    change_json(folder, applied="folded", weights={"fitted_on": "abc"})
-    sign(folder)
+    forge(folder, applied="folded", weights={"fitted_on": "abc"})
     assert AutoCalibrator.from_pretrained(folder).name == "temperature"
 
 
 @pytest.mark.parametrize("key", ["label_names", "fit", "library_version"])
 def test_what_is_not_needed_may_be_missing(folder, key):
-    change_json(folder, **{key: None})
-    sign(folder)
+    forge(folder, **{key: None})
     assert AutoCalibrator.from_pretrained(folder).num_labels == 3
 
 
@@ -292,8 +289,7 @@ def test_deep_nesting(folder, text):
 
 
 def test_no_file_is_opened_that_the_json_names(folder):
-    change_json(folder, file="../../secret")
-    sign(folder)
+    forge(folder, file="../../secret")
     with pytest.warns(UserWarning, match="ignoring file"):
         AutoCalibrator.from_pretrained(folder)
 

@@ -10,15 +10,9 @@ from hf_calib.functional.losses import cross_entropy_loss
 from .every import LargeTensors
 
 
+pytestmark = pytest.mark.usefixtures("blocks")
 ALL = [mmce_loss, soft_binned_ece_loss, mdca_loss]
 every_loss = pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
-
-
-@pytest.fixture(params=["at once", "in blocks"], autouse=True)
-def blocks(request, monkeypatch):
-    """Every test runs with all rows in one block, and with two or three rows in each."""
-    if request.param == "in blocks":
-        monkeypatch.setitem(reducing.BLOCK_LOGITS, "cpu", 9)
 
 
 @pytest.fixture

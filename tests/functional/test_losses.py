@@ -19,6 +19,7 @@ from hf_calib.functional.losses import (
 from .every import LargeTensors
 
 
+pytestmark = pytest.mark.usefixtures("blocks")
 ALL = [
     cross_entropy_loss,
     label_smoothing_loss,
@@ -33,13 +34,6 @@ ALL = [
 NEUTRAL = {label_smoothing_loss: {"label_smoothing": 0.0}, margin_label_smoothing_loss: {"alpha": 0.0}}
 of_shares = pytest.mark.parametrize("loss", [loss for loss in ALL if loss is not dual_focal_loss])
 every_loss = pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.__name__)
-
-
-@pytest.fixture(params=["at once", "in blocks"], autouse=True)
-def blocks(request, monkeypatch):
-    """Every test runs with all rows in one block, and with two or three rows in each."""
-    if request.param == "in blocks":
-        monkeypatch.setitem(reducing.BLOCK_LOGITS, "cpu", 9)
 
 
 @pytest.fixture
