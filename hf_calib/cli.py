@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .cli_sources import check_apart, check_exists, load_data, load_model, naming, origin_of, pairs, public_name
 
 
 app = typer.Typer(
@@ -20,7 +20,6 @@ app = typer.Typer(
 
 # typer brings its own copy of click in newer releases and click itself in older ones; this is the right one's
 UsageError = typer.BadParameter.__base__
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # of data sets, by file
 TASKS = ("text-classification", "decision")
 INTERRUPTED = 130  # newer releases of typer return it where older ones raise Abort
 
@@ -83,7 +82,7 @@ def fit(
 
     from .attaching import check_not_folded
     from .calibrate import calibrate_predictions, check_method
-    from .console import print_report, print_selection
+    from .console import bars_on_a_terminal, print_report, print_selection
     from .folders import check_new_folder
     from .folding import apply_calibrator, remove_calibrator
     from .hub import is_stock, save_calibrated
@@ -96,26 +95,26 @@ def fit(
     sources = [(dataset, split)]
     if test_dataset or test_split:
         sources.append((test_dataset or dataset, test_split or "test"))
-        _check_apart(*sources)
-    columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
-    with _bars_on_a_terminal():
-        classifier, tokenizer = _load_model(model)
+        check_apart(*sources)
+    columns = {"text_column": text_column, "label_column": label_column, "label_map": pairs(label_map)}
+    with bars_on_a_terminal():
+        classifier, tokenizer = load_model(model)
         check_not_folded(remove_calibrator(classifier))  # of an earlier fit
         card = card_to_keep(model)
-        rows = [_load_data(name, dataset_config, part) for name, part in sources]
+        rows = [load_data(name, dataset_config, part) for name, part in sources]
         predictions = [
             collect_predictions(classifier, part, processing_class=tokenizer, batch_size=batch_size, **columns)
             for part in rows
         ]
     calibrator, report = calibrate_predictions(predictions[0], method=method, test=(*predictions, None)[1], seed=seed)
-    calibrator.provenance |= {"model": _public(model), **_origin(*sources[0], dataset_config, "")}
-    calibrator.provenance |= _origin(*sources[-1], dataset_config, "report_")
+    calibrator.provenance |= {"model": public_name(model), **origin_of(*sources[0], dataset_config, "")}
+    calibrator.provenance |= origin_of(*sources[-1], dataset_config, "report_")
     console = Console()
     print_selection(calibrator, console)
     print_report(report, console)
     console.print(f"The table's rows: {calibrator.provenance['report_rows']}.", markup=False, highlight=False)
     applied = apply_calibrator(classifier, calibrator)
-    with _bars_on_a_terminal():
+    with bars_on_a_terminal():
         save_calibrated(classifier, output, processing_class=tokenizer, report=report)
     if card is not None:
         _keep_card(card, output.resolve())
@@ -137,19 +136,19 @@ def _fit_decisions(model: str, dataset: str, output: Path, test_dataset: str | N
     from rich.console import Console
     from transformers import pipeline
 
-    from .console import print_report
+    from .console import bars_on_a_terminal, print_report
     from .folders import check_new_folder
     from .generation import calibrate_decisions, collect_decisions, save_decisions
     from .generation.decisions import check_decides, read_decisions
 
     check_new_folder("output", output)
-    _check_exists("model", model)
+    check_exists("model", model)
     names = [dataset] if test_dataset is None else [dataset, test_dataset]
     if len({Path(name).resolve() for name in names}) < len(names):
         raise ValueError(f"test_dataset: got {test_dataset!r}, the rows of the fit; allowed are other ones")
     sources = [read_decisions(Path(name)) for name in names]
-    with _bars_on_a_terminal():
-        with _naming("model", model):
+    with bars_on_a_terminal():
+        with naming("model", model):
             check_decides(model)
             decide = pipeline("decision", model=model)
         found = [collect_decisions(decide, rows) for rows in sources]
@@ -160,8 +159,8 @@ def _fit_decisions(model: str, dataset: str, output: Path, test_dataset: str | N
         line = f"{kind}: temperature {calibrator.temperature.item():.4f} from {len(found[0][kind]):,} answers"
         console.print(line, markup=False, highlight=False)
         print_report(table, console)
-    origin = dict(zip(("dataset", "report_dataset"), map(_public, names), strict=False))
-    save_decisions(decide, calibrations, output, origin={"model": _public(model), **origin})
+    origin = dict(zip(("dataset", "report_dataset"), map(public_name, names), strict=False))
+    save_decisions(decide, calibrations, output, origin={"model": public_name(model), **origin})
     console.print(f"Saved {output}. To use it:", markup=False, highlight=False)
     code = f'pipeline("decision", model="{model}", decision_config="{output}")'
     console.print(f"from transformers import pipeline\n\ndecide = {code}", markup=False, soft_wrap=True)
@@ -204,7 +203,7 @@ def evaluate(
     elif metric or group_column:
         raise ValueError(f"predictions: got none; {'metric' if metric else 'group_column'} is for a file of them")
     else:
-        columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
+        columns = {"text_column": text_column, "label_column": label_column, "label_map": pairs(label_map)}
         classifier, found = _predict(model, (dataset, dataset_config, split), batch_size, **columns)
         report = _report_on(classifier, found, seed)
     if as_json:
@@ -227,11 +226,12 @@ def _evaluate_file(path: Path, metrics: list[str], seed: int, **columns: str | N
 
 def _predict(model: str, data: tuple[str, str | None, str], batch_size: int, **columns: Any) -> tuple[Any, Any]:
     """A model, calibrated if it was saved so, and its raw predictions."""
+    from .console import bars_on_a_terminal
     from .predictions import collect_predictions
 
-    with _bars_on_a_terminal():
-        classifier, tokenizer = _load_model(model)
-        rows = _load_data(*data)
+    with bars_on_a_terminal():
+        classifier, tokenizer = load_model(model)
+        rows = load_data(*data)
         found = collect_predictions(classifier, rows, processing_class=tokenizer, batch_size=batch_size, **columns)
     return classifier, found
 
@@ -279,15 +279,15 @@ def report(
     from .model_card import update_model_card
     from .publishing import card_of
 
-    _check_exists("model", model)
+    check_exists("model", model)
     if output is not None:
         check_new_folder("output", output)
     elif not Path(model).is_dir():
         raise ValueError(f"output: got none; allowed is a new folder, since {model} is no folder")
-    with _naming("model", model):
+    with naming("model", model):
         calibrator_folder(model)
         card = card_of(model)
-    columns = {"text_column": text_column, "label_column": label_column, "label_map": _pairs(label_map)}
+    columns = {"text_column": text_column, "label_column": label_column, "label_map": pairs(label_map)}
     classifier, found = _predict(model, (dataset, dataset_config, split), batch_size, **columns)
     calibrator = _calibrator_of(classifier)
     _check_unseen(calibrator.provenance, dataset, dataset_config, split, found)
@@ -298,7 +298,7 @@ def report(
     print_report(table, console)
     names = update_model_card(
         folder,
-        name=(card and card_name(card)) or _public(model),
+        name=(card and card_name(card)) or public_name(model),
         calibrator=calibrator,
         applied="folded" if attached_calibrator(classifier) is None else "attached",
         task=task_of(classifier),
@@ -311,7 +311,7 @@ def report(
 
 def _check_unseen(fit: dict[str, Any], dataset: str, config: str | None, split: str, found: Any) -> None:
     """Raises a ValueError for the rows of the fit, as far as calibrator.json tells which these were."""
-    asked = _origin(dataset, split, config, "")
+    asked = origin_of(dataset, split, config, "")
     same_name = {key: fit[key] for key in ("dataset", "config", "split") if key in fit} == asked
     if fit.get("fingerprint") == found.fingerprint() or (same_name and fit.get("rows") == len(found)):
         raise ValueError(f"dataset: got {dataset}, the rows of the fit; allowed are rows that it has not seen")
@@ -319,7 +319,7 @@ def _check_unseen(fit: dict[str, Any], dataset: str, config: str | None, split: 
 
 def _later_rows(dataset: str, config: str | None, split: str) -> dict[str, str]:
     """What the card says of the rows of a report that was made after the fit."""
-    origin = _origin(dataset, split, config, "report_")
+    origin = origin_of(dataset, split, config, "report_")
     parts = ", ".join(f"{key.removeprefix('report_')} {value}" for key, value in origin.items())
     return origin | {"report_rows": f"{parts}; reported on after the fit, by hf-calib report"}
 
@@ -342,7 +342,7 @@ def push(
     from .publishing import check_calibrated_folder, push_folder
 
     check_calibrated_folder(folder)
-    with _naming("repo_id", repo_id, "push to"):
+    with naming("repo_id", repo_id, "push to"):
         pushed = push_folder(folder, repo_id, private=private or None, token=token)
     if pushed.kept_card:
         print("The repo's README.md keeps its text; the section on calibration is new.")
@@ -373,108 +373,6 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 def _fail(message: str) -> int:
     print(f"hf-calib: {(message.strip().splitlines() or ['stopped'])[0]}", file=sys.stderr)
     return 2
-
-
-def _pairs(entries: list[str]) -> dict[str, str]:
-    for entry in entries:
-        if entry.count("=") != 1:
-            raise ValueError(f"label_map: got {entry!r}; allowed is DATASET_LABEL=MODEL_LABEL")
-    return dict(entry.split("=") for entry in entries)
-
-
-def _check_apart(fitting: tuple[str, str], test: tuple[str, str]) -> None:
-    """Raises a ValueError where the table would be of the rows of the fit; a file serves any split."""
-    if fitting == test or (fitting[0] == test[0] and Path(test[0]).is_file()):
-        raise ValueError(
-            f"test_split: got {test[1]!r} of {test[0]}, the rows of the fit; allowed are another split, or "
-            "--test-dataset"
-        )
-
-
-def _public(name: str) -> str:
-    """A Hub id, or the last part of a path: where it lies on this machine is nobody's business."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _origin(dataset: str, split: str, config: str | None, prefix: str) -> dict[str, str]:
-    """What calibrator.json says of rows; a file has no splits."""
-    found = {"dataset": _public(dataset)}
-    if not Path(dataset).is_file():
-        found |= {"config": config, "split": split}
-    return {f"{prefix}{key}": value for key, value in found.items() if value is not None}
-
-
-@contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
-    """In a file or a pipe, bars are debris."""
-    from .console import no_bars
-
-    with nullcontext() if sys.stderr.isatty() else no_bars():
-        yield
-
-
-@contextmanager
-def _naming(argument: str, value: str, deed: str = "load") -> Iterator[None]:
-    """The libraries' own messages do not say which argument was wrong, and their builders raise anything."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(f"{argument}:"):
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = getattr(error, "server_message", None) or str(error.__cause__ or "").split("\n")[0]  # the Hub's word
-        said = f" ({reason})" if reason and reason not in lines[0] else ""
-        raise ValueError(f"{argument}: cannot {deed} {value!r}: {lines[0]}{said}") from error
-
-
-def _check_exists(argument: str, name: str) -> None:
-    """Raises a ValueError for what can only be a path and leads nowhere: asking the Hub for it takes a minute."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
-    if not name or (is_path and not Path(name).exists()):
-        raise ValueError(f"{argument}: got {name!r}, where nothing is; allowed are a Hub id, a folder or a file")
-
-
-def _load_model(model: str) -> tuple[Any, Any]:
-    """The classifier, calibrated if it was saved so, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    from .hub import auto_class_of, load_calibrated
-
-    _check_exists("model", model)
-    if (Path(model) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model: {model} holds adapters; allowed are whole models: merge_and_unload() and save it first"
-        )
-    with _naming("model", model):
-        auto_class_of("model", AutoConfig.from_pretrained(model), (AutoModelForSequenceClassification,))
-        try:
-            classifier = load_calibrated(model)
-        except FileNotFoundError:
-            classifier = AutoModelForSequenceClassification.from_pretrained(model)
-        return classifier.eval(), AutoTokenizer.from_pretrained(model)
-
-
-def _load_data(dataset: str, config: str | None, split: str) -> Any:
-    """One split of a Hub data set, a folder, or a file, which has but one."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    _check_exists("dataset", dataset)
-    path, source = Path(dataset), {"path": dataset, "name": config}
-    no_rows = ValueError(f"dataset: {dataset} has 0 rows; allowed are splits with at least one")
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"dataset: got {dataset}; allowed files are {', '.join(BUILDERS)}")
-        if path.stat().st_size == 0:
-            raise no_rows
-        source = {"path": BUILDERS[path.suffix], "data_files": {split: dataset}}
-    with _naming("dataset", dataset):
-        try:
-            return datasets.load_dataset(**source, split=split)
-        except DatasetGenerationError as error:  # whose own message says nothing
-            raise (error.__cause__ or error) from None
-        except ValueError as error:
-            raise (no_rows if "corresponds to no data" in str(error) else error) from None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -106,3 +106,10 @@ def _table(*header: str) -> Table:
 
 def _escape(cell: str) -> str:
     return cell.replace("[", r"\[")
+
+
+@contextmanager
+def bars_on_a_terminal() -> Iterator[None]:
+    """In a file or a pipe, bars are debris."""
+    with nullcontext() if sys.stderr.isatty() else no_bars():
+        yield

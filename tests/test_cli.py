@@ -15,9 +15,9 @@ from pyarrow import parquet
 from transformers import AutoModelForSequenceClassification, BertForTokenClassification, BertModel, pipeline
 
 import hf_calib
-from hf_calib import cli
 from hf_calib.card_text import END, START
 from hf_calib.cli import main
+from hf_calib.cli_sources import naming
 
 from .tiny import mostly_predicted, save_sentiment_classifier
 
@@ -420,6 +420,6 @@ def test_bad_input_is_one_line_and_changes_nothing(line, words, place, monkeypat
 def test_the_line_says_the_cause_where_the_error_does_not(cause, said):
     with (
         pytest.raises(ValueError, match=rf"^repo_id: cannot push to 'a/b': uploading failed{said}$"),
-        cli._naming("repo_id", "a/b", "push to"),
+        naming("repo_id", "a/b", "push to"),
     ):
         raise RuntimeError("uploading failed") from cause

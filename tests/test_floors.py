@@ -23,7 +23,7 @@ FLOORS = (
         "measuring", "models", "pipelines", "prediction_files", "predictions", "probing",
         "publishing", "training",
     },
-    {"cli", "console", "demo"},
+    {"cli", "cli_sources", "console", "demo"},
 )  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
