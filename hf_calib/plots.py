@@ -1,26 +1,27 @@
 """The reliability diagram: `prepare_reliability` gives the numbers, `plot_reliability` the ink.
 
+The numbers are all sums over cells of confidence. Of rows at hand, each is a cell of its own; a streaming metric has
+kept the sums of 7,680 cells and forgotten the rows.
+
 Everything is drawn on `matplotlib.figure.Figure` objects: no backend is chosen, no global style is read or changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .functional.calibration import (
-    ReliabilityCurve,
-    events,
-    expected_calibration_error,
-    reliability_curve,
-    smooth_calibration_error,
-)
+from .functional.binning import bin_sums, interior_edges
+from .functional.calibration import ReliabilityCurve, binned_error, curve_of_sums, events
 from .functional.checks import check_count
-from .functional.smoothing import NUM_CELLS, smooth
+from .functional.smoothing import NUM_CELLS, masses_of_cells, smooth, smooth_error
+from .metrics import EventMetric
 
 
+NUM_BINS = 15
 MIN_ROWS = 8  # within one bandwidth: with fewer the band is so wide that it tells nothing
 MIN_BANDWIDTH = 0.01  # ten cells of the grid
 HISTOGRAM_BINS = 40
@@ -54,7 +55,7 @@ def prepare_reliability(
     probs: torch.Tensor,
     labels: torch.Tensor,
     *,
-    num_bins: int = 15,
+    num_bins: int = NUM_BINS,
     num_resamples: int = 500,
     seed: int = 0,
     ignore_index: int = -100,
@@ -88,43 +89,88 @@ def prepare_reliability(
         >>> f"accuracy {data.accuracy:.2f} at confidence {data.mean_confidence:.2f}: ECE {data.ece:.2f}"
         'accuracy 0.50 at confidence 0.90: ECE 0.40'
     """
+    scores, outcomes = (side.cpu() for side in events(probs, labels, ignore_index=ignore_index))
+    rows = torch.stack([torch.ones_like(scores), scores, outcomes]).double()
+    return _reliability(
+        rows[..., 0],
+        lambda number: bin_sums(scores, outcomes, interior_edges(scores, number, "width"))[:, 0],
+        num_bins,
+        num_resamples,
+        seed,
+    )
+
+
+def prepare_reliability_from(metric: EventMetric, *, num_resamples: int = 500, seed: int = 0) -> ReliabilityData:
+    """`prepare_reliability` of the rows that a streaming metric has seen, from its sums.
+
+    Args:
+        metric ([`~hf_calib.metrics.EventMetric`]): such as `METRICS["ece"]()`, of top labels or of one event.
+        num_resamples, seed (`int`): as in `prepare_reliability`.
+    Returns:
+        [`ReliabilityData`]: equal to that of the rows, but that confidences move by less than 1.3e-4 in the curve and
+        in the smooth ECE.
+    Raises:
+        ValueError: no row was seen, or the metric keeps other sums: class by class, or over its own few bins.
+    Example:
+        >>> import torch
+        >>> from hf_calib.metrics import METRICS
+        >>> metric = METRICS["ece"]().update(torch.full((100,), 0.9), torch.arange(100) % 2)
+        >>> f"{prepare_reliability_from(metric).ece:.2f}"
+        '0.40'
+    """
+    seen = metric.sums if isinstance(metric, EventMetric) else None
+    if seen is None or seen.numel() != 3 * EventMetric.num_cells:
+        raise ValueError(
+            f"metric: got {metric!r}; allowed are metrics that have seen rows and keep the sums of "
+            f"{EventMetric.num_cells} cells of top labels or of one event, such as METRICS['ece']()"
+        )
+    sums = seen.cpu().view(3, -1)
+    return _reliability(sums, lambda number: sums.unflatten(-1, (number, -1)).sum(-1), NUM_BINS, num_resamples, seed)
+
+
+def _reliability(
+    sums: torch.Tensor, binned: Callable[[int], torch.Tensor], num_bins: int, num_resamples: int, seed: int
+) -> ReliabilityData:
+    """From count, sum of confidences and of right rows of each cell, `(3, cells)`, and those of so many equal bins."""
     check_count("num_resamples", num_resamples)
-    scores, outcomes = (side[:, 0].cpu() for side in events(probs, labels, ignore_index=ignore_index))
-    labels, num_rows = outcomes.long(), len(scores)
-    sigma = torch.tensor(max(MIN_BANDWIDTH, 0.5 * num_rows ** (-1 / 3)), dtype=torch.float64)
-    counts, residuals = _by_cell(scores.double(), labels)
+    num_rows, confidence, right = sums.sum(1)
+    bins, sigma = binned(num_bins), (0.5 * num_rows ** (-1 / 3)).clamp_min(MIN_BANDWIDTH)
+    counts, residuals = _on_grid(sums)
     rows = counts.sum(0)
     shown = _well_supported(rows, float(sigma))
     curve = _smooth_curve(counts, residuals, sigma)
     resampled = _smooth_curve(_resample(counts, num_resamples, seed), residuals, sigma)
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return ReliabilityData(
-        binned=reliability_curve(scores, labels, num_bins=num_bins),
+        binned=curve_of_sums(bins, torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)),
         grid=_grid(),
         curve=curve.where(shown, torch.nan),
         low=torch.minimum(low, curve).where(shown, torch.nan),
         high=torch.maximum(high, curve).where(shown, torch.nan),
         density=smooth(rows / num_rows, sigma).clamp_min(0),
-        histogram=reliability_curve(scores, labels, num_bins=HISTOGRAM_BINS).counts,
+        histogram=binned(HISTOGRAM_BINS)[0],
         bandwidth=float(sigma),
-        ece=expected_calibration_error(scores, labels, num_bins=num_bins).item(),
-        smooth_ece=smooth_calibration_error(scores, labels).item(),
-        mean_confidence=scores.double().mean().item(),
-        accuracy=outcomes.double().mean().item(),
-        num_rows=num_rows,
+        ece=float(binned_error(bins)),
+        smooth_ece=float(smooth_error(masses_of_cells(sums))),
+        mean_confidence=float(confidence / num_rows),
+        accuracy=float(right / num_rows),
+        num_rows=int(num_rows),
     )
 
 
-def _by_cell(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_grid(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and their mean residual at each point of the grid, wrong rows and right ones apart: `(2, 1025)` each.
 
-    A row moves to its nearest point, by at most 1/2048, but keeps its own residual.
+    A cell moves to its nearest point, by at most 1/2048, but keeps its own residuals.
     """
-    size = NUM_CELLS + 1
-    cells = (scores * NUM_CELLS).round().long() + labels * size
-    counts = torch.bincount(cells, minlength=2 * size).double()
-    residuals = torch.bincount(cells, labels - scores, minlength=2 * size) / counts.clamp_min(1)
-    return counts.view(2, size), residuals.view(2, size)
+    counts, confidence, right = sums
+    mean = confidence / counts.clamp_min(1)
+    points = (mean * NUM_CELLS).round().long().clamp_max(NUM_CELLS)
+    rows = torch.stack([counts - right, right])
+    at_points = rows.new_zeros(2, NUM_CELLS + 1).index_add_(1, points, rows)
+    outcome = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    residuals = rows.new_zeros(2, NUM_CELLS + 1).index_add_(1, points, rows * (outcome - mean))
+    return at_points, residuals / at_points.clamp_min(1)
 
 
 def _resample(counts: torch.Tensor, num_resamples: int, seed: int) -> torch.Tensor:

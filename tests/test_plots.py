@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from hf_calib.functional import expected_calibration_error, smooth_calibration_error
+from hf_calib.metrics import METRICS
 from hf_calib.plots import (
     HISTOGRAM_BINS,
     plot_reliability,
     plot_reliability_comparison,
     prepare_reliability,
+    prepare_reliability_from,
 )
 
 
@@ -166,6 +168,43 @@ def test_every_dtype(dtype):
 def test_a_wrong_number_of_resamples_is_refused():
     with pytest.raises(ValueError, match="num_resamples: got 0"):
         prepare_reliability(*event_probabilities(20), num_resamples=0)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 2.2])
+def test_a_streaming_metric_has_kept_enough(sharpness):
+    """Rows in batches, forgotten: the same diagram but for confidences that have moved within their cell."""
+    scores, labels = event_probabilities(3000, sharpness=sharpness)
+    metric = METRICS["ece"]()
+    for batch in torch.arange(3000).split(700):
+        metric.update(scores[batch], labels[batch])
+    expected, found = prepare_reliability(scores, labels), prepare_reliability_from(metric)
+    torch.testing.assert_close(found.curve, expected.curve, atol=1e-3, rtol=0, equal_nan=True)
+    for name in ("low", "high"):  # of other draws
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=0.02, rtol=0, equal_nan=True)
+    torch.testing.assert_close(found.binned, expected.binned, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.density, expected.density, atol=0, rtol=0.01)
+    assert torch.equal(found.histogram, expected.histogram)
+    assert (found.num_rows, found.bandwidth) == (3000, expected.bandwidth)
+    numbers = [[data.ece, data.mean_confidence, data.accuracy] for data in (found, expected)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-12)
+    assert found.smooth_ece == pytest.approx(expected.smooth_ece, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        METRICS["ece"](),
+        METRICS["ece"](num_bins=7).update(torch.rand(9), torch.ones(9, dtype=torch.long)),
+        METRICS["classwise_ece"]().update(torch.full((9, 2), 0.5), torch.ones(9, dtype=torch.long)),
+        METRICS["brier"]().update(torch.rand(9), torch.ones(9, dtype=torch.long)),
+    ],
+    ids=["no row", "seven bins", "class by class", "no bins"],
+)
+def test_other_sums_are_refused(metric):
+    with pytest.raises(
+        ValueError, match=r"metric: got .*; allowed are metrics that have seen rows and keep the sums of 7680"
+    ):
+        prepare_reliability_from(metric)
 
 
 # the ink

@@ -8,7 +8,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..calibrators import Calibrator
 from .arguments import check_calibrator_name
-from .evaluating import EvaluationSums
+from .diagrams import log_diagram
+from .evaluating import EvaluationSums, prefix_of
 from .fitting import fit_and_attach, row_batches
 from .targets import check_model, has_several_labels
 
@@ -53,9 +54,9 @@ class CalibrationCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Adds the scores of the rows that these metrics are of, and logs them."""
+        """Adds the scores of the rows that these metrics are of, and logs them and the reliability diagram."""
         batches, self.batches = self.batches, None
-        prefix = next(key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime"))
+        prefix = prefix_of(metrics)
         if batches is None or f"{prefix}_refinement" in metrics:  # no rows, or a CalibrationTrainer has done it
             return
         sums = EvaluationSums(of_events=has_several_labels(self.trainer.model))
@@ -65,6 +66,7 @@ class CalibrationCallback(TrainerCallback):
         new = {key: value for key, value in found.items() if key not in metrics}
         metrics.update(new)
         self.trainer.log(new)
+        log_diagram(self.trainer, prefix, sums.confidences)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from ..calibrators.refinement import RefinementSums
-from ..metrics import MetricCollection
+from ..metrics import EventMetric, MetricCollection
 from .targets import IGNORED_LABEL, Rows
 
 
@@ -19,12 +20,16 @@ class EvaluationSums:
 
     Args:
         of_events (`bool`): rows of two classes are an event that happens or not, as with several labels.
+    Attributes:
+        confidences ([`EventMetric`], *optional*): once computed, how often was right what had which confidence; None
+            where that cannot be known.
     """
 
     def __init__(self, *, of_events: bool = False):
         self.of_events = of_events
         self.metrics = MetricCollection(METRICS)
         self.refinement = RefinementSums()
+        self.confidences: EventMetric | None = None
 
     def add(self, rows: Rows) -> None:
         """Adds the rows of a batch that have a label."""
@@ -50,7 +55,13 @@ class EvaluationSums:
         scores = {"nll": found.nll, "refinement": found.refinement, "temperature": found.temperature}
         if metrics.num_rows < found.num_rows:  # shares are no class numbers
             return scores | dict.fromkeys(METRICS, math.nan)
+        self.confidences = metrics.metrics["ece"]
         return scores | {key: float(value) for key, value in metrics.compute().items()}
+
+
+def prefix_of(metrics: Mapping[str, float]) -> str | None:
+    """What stands before the names of an evaluation's metrics, such as `"eval"`; None where these are of none."""
+    return next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), None)
 
 
 def kept_rows(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,8 @@ from ..attaching import attached_calibrator, forget_folded, is_folded, uncalibra
 from ..calibrators import Calibrator
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
-from .evaluating import EvaluationSums
+from .diagrams import log_diagram
+from .evaluating import EvaluationSums, prefix_of
 from .fitting import fit_and_attach, own_rows
 from .mixup import check_mixes, draw_mixture, mixed_inputs
 from .targets import (
@@ -57,7 +58,8 @@ class CalibrationTrainer(Trainer):
     batch repeats do not count, every token weighs the same, and a NaN is shown, not left out. Beside it stand, of the
     same rows and from sums alone: `nll` (the same), `ece`, `brier`, `temperature`, the best one from 1/8 to 8, and
     `refinement`, the NLL that it would leave: `metric_for_best_model="refinement"` chooses the checkpoint that is best
-    once it is calibrated.
+    once it is calibrated. TensorBoard, Weights & Biases and Trackio, where `report_to` names one, get the reliability
+    diagram of every evaluation as `eval/reliability`, if matplotlib is installed.
 
     While it trains, an attached calibrator is suspended, also in the evaluations in between; `evaluate` and `predict`
     outside of `train` see it.
@@ -232,6 +234,12 @@ class CalibrationTrainer(Trainer):
         elif f"{metric_key_prefix}_loss" in output.metrics:  # every label is ignored: that is not a loss of 0
             output.metrics[f"{metric_key_prefix}_loss"] = math.nan
         return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; beside the scores of an evaluation, trackers get its reliability diagram."""
+        super().log(logs, *args, **kwargs)
+        if f"{(prefix := prefix_of(logs))}_refinement" in logs:
+            log_diagram(self, prefix, self._sums.confidences)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`, with an attached calibrator suspended and a folded one forgotten; warns of either."""
