@@ -22,6 +22,11 @@ IGNORED_LABEL = -100  # what Trainer counts, pads and gathers by; not a choice
 OF_WHOLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 CLASSIFIERS = (*OF_WHOLE, "ForTokenClassification")
 POSITIONS = ("start_positions", "end_positions")
+# Decoders whose own loss takes a label for the logits at its own place: their labels come shifted (transformers 5.23)
+LABELS_COME_SHIFTED = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus",
+    "plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet",
+)  # fmt: skip
 PROBLEMS = (None, "single_label_classification", "multi_label_classification")
 
 
@@ -152,7 +157,8 @@ def count_labels(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
 def _predicts_next(model: nn.Module) -> bool:
     """Whether the logits at a place are for the token after it, which its labels have one place further on."""
     model = without_adapters(model)
-    return generates_text(model) and not model.config.is_encoder_decoder
+    in_place = model.config.is_encoder_decoder or model.config.model_type in LABELS_COME_SHIFTED
+    return generates_text(model) and not in_place
 
 
 def _positions(inputs: Mapping[str, Any], length: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ class CalibrationTrainer(Trainer):
         Args:
             model (`torch.nn.Module`): in training mode, the loss is `args.calibration_loss`, or else
                 `compute_loss_func`, or else the model's own; out of it, cross-entropy.
-            inputs (`dict`): a batch with labels.
+            inputs (`dict`): a batch with labels, placed as the model's own loss takes them.
             return_outputs (`bool`): whether to return the model's outputs too.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): labels in the whole step; None: in this batch.
         Returns:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_calib import attached_calibrator
 from hf_calib.calibrators import TemperatureScaling, make_calibrator
 from hf_calib.functional import brier_score, expected_calibration_error
 from hf_calib.losses import ADDITIVE, LOSSES, make_loss
+from hf_calib.training.targets import LABELS_COME_SHIFTED
 
 from . import one_step as tiny
 from .test_trainer import assert_equal_steps, collate
@@ -43,6 +45,37 @@ def test_no_loss_is_the_models_own(name, tmp_path):
     expected = {"loss": own.item(), "grad_norm": norm.item()}
     assert_equal_steps(tiny.task_step(name, tmp_path), expected)
     assert_equal_steps(tiny.task_step(name, tmp_path, calibration_loss="cross_entropy"), expected)
+
+
+def decoder_alone(model_type):
+    """A tiny decoder by the name of its configuration, whose sizes have many names."""
+    sizes = dict.fromkeys(
+        ("d_model", "hidden_size", "n_embd", "emb_dim", "dim_model", "d_inner", "intermediate_size"), 16
+    )
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "dim_ff"), 16)
+    sizes |= dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers"), 1)
+    sizes |= dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"), 1)
+    sizes |= dict.fromkeys(("n_head", "n_heads", "num_attention_heads", "attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_decoder_attention_heads"), 2)
+    config = AutoConfig.for_model(model_type)
+    known = {name: value for name, value in sizes.items() if hasattr(config, name)}
+    if model_type == "prophetnet":  # which has the name, and refuses it
+        del known["num_hidden_layers"]
+    config = type(config)(**known, vocab_size=50, pad_token_id=0, is_decoder=True)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("model_type", [*LABELS_COME_SHIFTED, "bert", "electra", "gpt2", "opt", "xglm"])
+def test_the_rows_of_a_decoder_are_those_of_its_own_loss(model_type, tmp_path):
+    model, rows = decoder_alone(model_type), tiny.language_rows(8)
+    for row in rows:  # some of these models compute another loss with a mask, or know only unpadded texts
+        row.update(input_ids=row["input_ids"].clamp_min(1), attention_mask=torch.ones(6, dtype=torch.long))
+    model.disable_ngram_loss = True  # of ProphetNet, whose own is else also of the token after the next
+    with torch.no_grad():
+        own = float(model(**collate(rows)).loss)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(own, rel=1e-5)
 
 
 def test_a_penalty_of_the_model_counts_too(tmp_path):
