@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..attaching import attached_calibrator, forget_folded, is_folded, uncalibrated, without_adapters
+from ..attaching import (
+    attach_calibrator,
+    attached_calibrator,
+    forget_folded,
+    is_folded,
+    uncalibrated,
+    without_adapters,
+)
 from ..calibrators import Calibrator
+from ..calibrators.storage import JSON_NAME, load_calibrator
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .diagrams import log_diagram
@@ -62,7 +71,7 @@ class CalibrationTrainer(Trainer):
     diagram of every evaluation as `eval/reliability`, if matplotlib is installed.
 
     While it trains, an attached calibrator is suspended, also in the evaluations in between; `evaluate` and `predict`
-    outside of `train` see it.
+    outside of `train` see it. Checkpoints carry it, and a training that is resumed from one has it again.
 
     When to use: for classification of texts (of one label or several), tokens, images and sounds, for models that
     generate text, fill masks or find answers: any of `transformers`, `hf_calib`'s own, or either with PEFT adapters.
@@ -243,13 +252,13 @@ class CalibrationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`, with an attached calibrator suspended and a folded one forgotten; warns of either."""
-        before = None if self.model is None else attached_calibrator(self.model)
+        self._attached_before = None
         with contextlib.ExitStack() as self._in_training:
             self._in_training.callback(setattr, self, "_in_training", None)
             if self.model is not None:
                 self._leave_raw(self.model)
             output = super().train(*args, **kwargs)
-        if before is not None and attached_calibrator(self.model) is before:
+        if self._attached_before is not None and attached_calibrator(self.model) is self._attached_before:
             warnings.warn(
                 "The attached calibrator was fitted before this training and does not fit the model any more. "
                 "Fit it again: trainer.calibrate(dataset).",
@@ -257,9 +266,17 @@ class CalibrationTrainer(Trainer):
             )
         return output
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As `Trainer`, with the calibrator that the model had in the process that wrote the checkpoint."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if attached_calibrator(self.model) is None and (Path(resume_from_checkpoint) / JSON_NAME).exists():
+            attach_calibrator(self.model, load_calibrator(Path(resume_from_checkpoint)))
+            self._leave_raw(self.model)
+
     def _leave_raw(self, model: nn.Module) -> None:
         """Until training ends, the model gives raw logits; what is attached remembers that it is of other weights."""
-        if (calibrator := attached_calibrator(model)) is not None:
+        self._attached_before = calibrator = attached_calibrator(model)
+        if calibrator is not None:
             calibrator.provenance.setdefault("weights", TRAINED_ON)
         if is_folded(base := without_adapters(model)):
             forget_folded(base)

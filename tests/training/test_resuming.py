@@ -65,6 +65,37 @@ def test_killed_and_resumed_it_ends_where_it_would_have(tmp_path):
         assert resumed[key] == pytest.approx(unbroken[key], rel=1e-7)
 
 
+def test_a_resumed_training_has_the_calibrator_again(tmp_path):
+    """As an unbroken one would: suspended while it trains, saved with it, and said to be out of date."""
+    stale = "fitted before this training"
+    arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    rows = tiny.held_out_rows("sequence", 20)
+    model = tiny.tiny_model("sequence")
+    attach_calibrator(model, TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0])))
+    unbroken = tiny.make_trainer("sequence", tmp_path, model=model, trainer={"eval_dataset": rows}, **arguments)
+    with pytest.warns(UserWarning, match=stale):
+        unbroken.train()
+    resumed = tiny.make_trainer("sequence", tmp_path, trainer={"eval_dataset": rows}, **arguments)
+    with pytest.warns(UserWarning, match=stale):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(attached_calibrator(resumed.model).temperature, attached_calibrator(model).temperature)
+    raw = [trainer.state.log_history[-2]["eval_loss"] for trainer in (unbroken, resumed)]
+    calibrated = [trainer.evaluate()["eval_loss"] for trainer in (unbroken, resumed)]
+    assert raw[0] == raw[1] > calibrated[0] == calibrated[1]
+    with pytest.warns(UserWarning, match="the calibrator was fitted for other weights than these"):
+        load_calibrated(tmp_path / "checkpoint-2")
+
+
+def test_a_calibrator_that_is_attached_is_not_replaced_by_the_checkpoints(tmp_path):
+    first, second = (TemperatureScaling().fit(size * torch.eye(3), torch.tensor([0, 1, 0])) for size in (3, 5))
+    for calibrator, checkpoint in ((first, None), (second, str(tmp_path / "checkpoint-1"))):
+        model = attach_calibrator(tiny.tiny_model("sequence"), calibrator)
+        trainer = tiny.make_trainer("sequence", tmp_path, model=model, save_strategy="steps", save_steps=1)
+        with pytest.warns(UserWarning, match="fitted before this training"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert torch.equal(attached_calibrator(trainer.model).temperature, calibrator.temperature)
+
+
 def test_a_checkpoint_carries_the_calibrator_of_the_model(tmp_path):
     model = tiny.tiny_model("sequence")
     calibrator = TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0]))

@@ -538,7 +538,8 @@ def test_a_calibrator_of_a_model_made_for_the_training_is_suspended_too(tmp_path
 
     args = tiny.make_trainer("sequence", tmp_path, calibration_loss="focal").args
     trainer = CalibrationTrainer(args=args, model_init=make, train_dataset=tiny.tiny_rows("sequence", 16))
-    trainer.train()
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     batch = collate(tiny.tiny_rows("sequence", 4))
     with uncalibrated(trainer.model):
