@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional.checks import check_labels, describe
+from ..functional.checks import check_labels, check_shares, describe
 
 
 class FitRows(NamedTuple):
@@ -64,7 +64,7 @@ def check_rows(
     weights = _check_weights(sample_weight, shape, logits.device)
     groups = _check_groups(groups, shape, logits.device)
     logits = logits.reshape(-1, logits.shape[-1])
-    labels = labels.reshape(-1, logits.shape[-1]).double() if soft else labels.reshape(-1).long()
+    labels = labels.reshape(-1, logits.shape[-1]) if soft else labels.reshape(-1).long()
     kept = ((labels != ignore_index).any(-1) if soft else labels != ignore_index) & (weights > 0)
     if not kept.all():
         logits, labels, weights = logits[kept], labels[kept], weights[kept]
@@ -72,7 +72,8 @@ def check_rows(
     if len(labels) == 0:
         raise ValueError(f"labels: no row is left after leaving out ignore_index={ignore_index} and weights of 0")
     if soft:
-        labels = _check_distributions(labels, kept)
+        check_shares(labels, kept)
+        labels = labels.double() / labels.sum(-1, dtype=torch.float64, keepdim=True)
     else:
         check_labels(labels, logits.shape[-1])
     _check_highest(logits, kept)
@@ -140,18 +141,6 @@ def _check_groups(groups: torch.Tensor | None, shape: torch.Size, device: torch.
     if groups.numel() and int(groups.min()) < 0:
         raise ValueError(f"groups: got {int(groups.min())}; allowed are numbers from 0 up")
     return groups.reshape(-1).long().to(device)
-
-
-def _check_distributions(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    total = labels.sum(-1)
-    wrong = ((labels < 0).any(-1) | ((total - 1).abs() <= 1e-3).logical_not()).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise ValueError(
-            f"labels: row {int(kept.nonzero()[first])} is no distribution, its sum is {float(total[first]):.4g}; "
-            "allowed are rows of numbers from 0 up that sum to 1"
-        )
-    return labels / total[:, None]
 
 
 def _check_highest(logits: torch.Tensor, kept: torch.Tensor) -> None:

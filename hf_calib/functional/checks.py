@@ -12,6 +12,7 @@ import torch
 # touched.
 PROBABILITY_FLOOR = 2.0**-126
 
+SHARES_TOLERANCE = 1e-3  # soft labels may have been rounded; in half precision, it is twice the rounding of 1
 ROUNDED = 0.05  # a sum that is off 1 by less is that of probabilities which somebody rounded
 TASKS = (None, "multilabel")
 
@@ -70,6 +71,24 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     if not _are_in_range(labels, num_labels):
         low, high = (int(value) for value in torch.aminmax(labels.long()))
         raise ValueError(f"labels: got {low if low < 0 else high}; allowed are 0 to {num_labels - 1}")
+
+
+def check_shares(labels: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+    """Raises a ValueError unless each row of soft labels, `(N, C)`, holds shares from 0 up that sum to 1.
+
+    `kept` says which of the caller's rows these are, for the message.
+    """
+    tolerance = max(SHARES_TOLERANCE, 2 * torch.finfo(labels.dtype).eps)
+    total = labels.sum(-1, dtype=torch.promote_types(labels.dtype, torch.float32))
+    right = ((total - 1).abs() <= tolerance) & (labels >= 0).all(-1)  # written so that NaN is wrong
+    if not right.all():
+        row = int((~right).nonzero()[0])
+        number = row if kept is None else int(kept.nonzero()[row])
+        values = f"{labels[row].tolist()[:5]}{', ...' if labels.shape[1] > 5 else ''}"
+        raise ValueError(
+            f"labels: row {number} is {values} with sum {float(total[row]):.4g}; allowed are shares from 0 up that "
+            "sum to 1"
+        )
 
 
 def check_choice(name: str, value: object, allowed: tuple) -> None:

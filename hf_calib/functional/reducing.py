@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import check_choice, check_labels
+from .checks import check_choice, check_labels, check_shares
 
 
 REDUCTIONS = ("mean", "sum", "none")
 BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**24}  # 4 MB stay in a CPU's cache; a GPU wants few and large operations
-SUM_TOLERANCE = 1e-3  # of soft labels, which may have been rounded; in half precision, twice its rounding of 1
 
 ClassWeights = torch.Tensor | Sequence[float] | None
 # Log-probabilities `(n, C)` and labels, `(n,)` int64 or `(n, C)` shares that sum to 1, give `(n,)` or `(n, K)`
@@ -65,9 +64,8 @@ def check_batch(
     logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1, num_classes) if soft else labels.reshape(-1)
     kept = (labels != ignore_index).any(-1) if soft else labels != ignore_index
     if soft:
-        tolerance = max(SUM_TOLERANCE, 2 * torch.finfo(labels.dtype).eps)
+        check_shares(labels[kept], kept)
         labels = labels.to(torch.promote_types(labels.dtype, torch.float32)).where(kept[:, None], 1 / num_classes)
-        _check_shares(labels, tolerance)
     else:
         labels = labels.long().where(kept, 0)
         if labels.numel():
@@ -206,13 +204,3 @@ def _split(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.
 
 def _block_logits(logits: torch.Tensor) -> int:
     return BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cuda"])
-
-
-def _check_shares(labels: torch.Tensor, tolerance: float) -> None:
-    wrong = (labels.sum(-1) - 1).abs() > tolerance
-    wrong |= ~((labels >= 0) & (labels <= 1 + tolerance)).all(-1)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels: row {row} is {labels[row].tolist()[:5]}; allowed are shares from 0 to 1 that sum to 1"
-        )

@@ -64,9 +64,9 @@ def test_soft_rows_of_ignored_values_are_left_out():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.full((4, 3), 0.5), "labels: row 0 is no distribution, its sum is 1.5; allowed are rows"),
-        (torch.tensor([[2.0, -1, 0]]).repeat(4, 1), "labels: row 0 is no distribution"),
-        (torch.full((4, 3), torch.nan), "labels: row 0 is no distribution"),
+        (torch.full((4, 3), 0.5), r"labels: row 0 is \[0.5, 0.5, 0.5\] with sum 1.5; allowed are shares from 0 up"),
+        (torch.tensor([[2.0, -1, 0]]).repeat(4, 1), r"labels: row 0 is \[2.0, -1.0, 0.0\] with sum 1"),
+        (torch.full((4, 3), torch.nan), r"labels: row 0 is \[nan, nan, nan\] with sum nan"),
         (torch.full((4, 2), 0.5), r"labels: got a torch.float32 tensor of shape \(4, 2\); allowed are integer"),
         (one_hot(LABELS, 3), r"logits: got shape \(4, 3\) for labels of shape \(4, 3\)"),
     ],
@@ -74,6 +74,15 @@ def test_soft_rows_of_ignored_values_are_left_out():
 def test_labels_that_are_no_distributions_are_refused(labels, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         TemperatureScaling().fit(torch.eye(4)[:, :3], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shares_in_half_precision_are_within_its_rounding(dtype):
+    logits = 2 * torch.randn(400, 30, generator=torch.Generator().manual_seed(0))
+    shares = (0.5 * logits).softmax(-1)
+    assert ((shares.to(dtype).sum(-1, dtype=torch.float32) - 1).abs() > 1e-4).any()
+    found = TemperatureScaling().fit(logits, shares.to(dtype))
+    assert float(found.temperature) == pytest.approx(2, rel=0.01)
 
 
 def test_a_soft_label_of_an_impossible_class_is_refused():
@@ -132,7 +141,7 @@ def test_two_class_logits_differ_by_the_logit():
             r"logits: got shape \(4, 2\) for labels of shape \(4,\)",
         ),
         (torch.zeros(4), torch.full((4,), 2), "labels: got 2; allowed are 0 to 1"),
-        (torch.zeros(4), torch.full((4,), 1.5), "labels: row 0 is no distribution"),
+        (torch.zeros(4), torch.full((4,), 1.5), r"labels: row 0 is \[-0.5, 1.5\] with sum 1"),
         (torch.full((4,), torch.nan), LABELS % 2, "logits: the largest of row 0 is nan"),
     ],
 )

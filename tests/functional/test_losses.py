@@ -240,7 +240,7 @@ def test_refusals(loss, logits, labels, kwargs, message):
     ("labels", "message"),
     [
         (torch.zeros(2), r"labels: got torch.float32 of shape \(2,\) for logits of shape \(2, 3\); allowed for"),
-        (torch.full((2, 3), 0.5), r"labels: row 0 is \[0.5, 0.5, 0.5\]; allowed are shares from 0 to 1 that sum to 1"),
+        (torch.full((2, 3), 0.5), r"labels: row 0 is \[0.5, 0.5, 0.5\] with sum 1.5; allowed are shares from 0 up"),
         (torch.tensor([[0.5, 0.5, 0], [2, -1, 0]]), r"labels: row 1 is \[2.0, -1.0, 0.0\]"),
         (torch.full((2, 3), torch.nan), r"labels: row 0 is \[nan"),
     ],
