@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from .calibrators import Calibrator
-from .calibrators.storage import weights_sha256, write_calibrator
+from .calibrators.storage import weights_sha256, write_files
 
 
 SUBMODULE = "hf_calib_calibrator"
@@ -283,4 +283,4 @@ def write_beside(model: nn.Module, folder: Path) -> None:
     if (attached := attached_calibrator(model)) is not None:
         calibrator, applied = attached, "attached"
         calibrator.provenance.setdefault("weights", weights)  # kept from now on, whatever becomes of the weights
-    write_calibrator(calibrator, folder, applied=applied, weights=weights)
+    write_files(folder, calibrator.record(applied=applied, weights=weights), calibrator.tensors())

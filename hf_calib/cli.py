@@ -271,7 +271,7 @@ def report(
     from rich.console import Console
 
     from .attaching import attached_calibrator
-    from .calibrators.storage import calibrator_folder
+    from .calibrators.loading import calibrator_folder
     from .card_text import card_name
     from .console import print_report
     from .folders import check_new_folder

@@ -35,7 +35,8 @@ from .attaching import (
     without_adapters,
     write_beside,
 )
-from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
+from .calibrators.loading import calibrator_folder, load_with_record
+from .calibrators.storage import weights_sha256
 from .card_text import read_model_card
 from .folders import ADAPTER_CONFIG, check_new_folder, check_replaceable, new_folder
 from .model_card import write_model_card
@@ -160,7 +161,7 @@ def load_calibrated(
         UserWarning: the calibrator was fitted for other weights than those that it lies beside.
     """
     folder = calibrator_folder(path_or_repo_id, revision=revision, token=token)
-    record, calibrator = read_record(folder), load_calibrator(folder)
+    calibrator, record = load_with_record(folder)
     applied = record.get("applied")
     if applied not in ("attached", "folded"):
         raise ValueError(

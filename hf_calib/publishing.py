@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from .calibrators.storage import calibrator_folder, load_calibrator, read_record, weights_sha256
+from .calibrators.loading import calibrator_folder, load_with_record
+from .calibrators.storage import weights_sha256
 from .card_text import CARD_NAME, check_card, merge_cards, read_model_card, rename_card
 from .folders import CONFIGS
 
@@ -74,8 +75,7 @@ def check_calibrated_folder(folder: Path) -> None:
         raise FileNotFoundError(
             f"folder: got {folder}; allowed is a folder that hf-calib fit or save_calibrated wrote"
         )
-    record = read_record(calibrator_folder(folder))
-    load_calibrator(folder)
+    _, record = load_with_record(calibrator_folder(folder))
     if record.get("applied") not in ("attached", "folded"):
         raise ValueError(
             f'folder: {folder} holds a calibrator with applied={record.get("applied")!r}; allowed are "attached" and '

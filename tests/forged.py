@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import load_file, save_file
 
-from hf_calib.calibrators.storage import calibrator_sha256
+from hf_calib.calibrators.storage import files_sha256
 
 
 def change_json(folder, **changes):
@@ -30,4 +30,4 @@ def sign(folder):
     """Makes the checksum fit what the two files now hold."""
     record = json.loads((folder / "calibrator.json").read_text())
     content = (folder / "calibrator.safetensors").read_bytes()
-    change_json(folder, sha256=calibrator_sha256(record, content))
+    change_json(folder, sha256=files_sha256(record, content))

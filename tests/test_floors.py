@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import hf_calib
 
 PACKAGE = Path(hf_calib.__file__).parent
 FLOORS = (
-    {"functional", "version"},
+    {"distributed", "functional", "version"},
     {"calibrators", "losses", "metrics"},
     {"card_text", "model_card", "plots", "report"},
     {
@@ -36,8 +37,8 @@ def room_of(path: Path, package: Path = PACKAGE) -> str:
     return path.relative_to(package).with_suffix("").parts[0]
 
 
-def imported_rooms(source: str, path: Path, package: Path = PACKAGE) -> Iterator[str]:
-    """Rooms of the package that a file imports, at its top or inside its functions."""
+def imported_names(source: str, path: Path, package: Path = PACKAGE) -> Iterator[str]:
+    """Dotted names of what a file imports from the package, at its top or inside its functions."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -46,9 +47,36 @@ def imported_rooms(source: str, path: Path, package: Path = PACKAGE) -> Iterator
             parents = path.relative_to(package.parent).parts[: -node.level] if node.level else ()
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-        for parts in (name.split(".") for name in names):
-            if parts[0] == package.name and len(parts) > 1:
-                yield parts[1]
+        yield from (name for name in names if name.startswith(f"{package.name}."))
+
+
+def imported_rooms(source: str, path: Path, package: Path = PACKAGE) -> Iterator[str]:
+    """Rooms of the package that a file imports."""
+    return (name.split(".")[1] for name in imported_names(source, path, package))
+
+
+def imported_files(path: Path, package: Path = PACKAGE) -> set[Path]:
+    """Files of the package that a file imports; where it takes a name from a folder, the file that defines it."""
+    found = set()
+    for name in imported_names(path.read_text(encoding="utf-8"), path, package):
+        place = package.parent.joinpath(*name.split("."))
+        for file in (place.with_suffix(".py"), place.parent.with_suffix(".py")):
+            if file.exists():
+                found.add(file)
+                break
+        else:  # a name that the folder's __init__ hands on
+            found |= handed_on(place.parent / "__init__.py", place.name, package)
+    return found - {path}
+
+
+def handed_on(init: Path, name: str, package: Path) -> set[Path]:
+    """The file from which an `__init__` takes a name."""
+    if not init.exists() or init.parent == package:
+        return set()
+    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {alias.name for alias in node.names}:
+            return {init.parent.joinpath(*node.module.split(".")).with_suffix(".py")}
+    return {init}
 
 
 def upward_imports(source: str, path: Path, package: Path = PACKAGE) -> list[str]:
@@ -87,6 +115,17 @@ def test_an_upward_import_is_found(source):
 
 def test_a_downward_import_is_not_found():
     assert not upward_imports("from .functional.checks import check_probs\nimport torch", PACKAGE / "report.py")
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = [path for path in MODULES if path.name != "__init__.py"]
+    graph = {path: imported_files(path) for path in files}
+    assert PACKAGE / "calibrators" / "loading.py" in graph[PACKAGE / "hub.py"]
+    assert PACKAGE / "metrics" / "base.py" in graph[PACKAGE / "plots.py"], "handed on by metrics/__init__.py"
+    TopologicalSorter(graph).prepare()
+    graph[PACKAGE / "functional" / "binning.py"].add(PACKAGE / "plots.py")
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) == "functional"], ids=lambda p: p.name)

@@ -7,12 +7,12 @@ from .ensemble import Ensemble
 from .grouped import GroupTemperature
 from .histogram import HistogramBinning, ScalingBinning
 from .label_shift import PriorCorrection
+from .loading import AutoCalibrator
 from .mixing import EnsembleTemperature
 from .monotone import CentredIsotonicCalibration, IsotonicCalibration
 from .registry import CALIBRATORS, make_calibrator
 from .scaling import TemperatureScaling
 from .selection import SelectionRow, select_calibrator
-from .storage import AutoCalibrator
 from .structured import (
     BiasCorrectedTemperature,
     DirichletCalibration,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..functional.checks import check_choice
 from .rows import FitRows, check_rows, hard_rows, two_class_logits
+from .storage import write_files
 
 
 TASKS = (None, "binary", "multilabel")
@@ -189,17 +191,38 @@ class Calibrator(nn.Module):
         names = ("task", *self.setting_names)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def record(self, **extra: Any) -> dict[str, Any]:
+        """What `calibrator.json` says of a fitted calibrator, and `extra` keys."""
+        if self.num_labels is None:
+            raise ValueError(f"calibrator: got a {type(self).__name__} that is not fitted; fit it first")
+        names = self.label_names
+        if names is not None and not are_label_names(names, self.num_labels):
+            raise ValueError(f"label_names: got {names!r}; allowed is a list of {self.num_labels} strings")
+        return {**self._description(), "label_names": names, "fit": self.provenance, **extra}
+
+    def _description(self) -> dict[str, Any]:
+        """What it is, without what was fitted: its type, its settings and, the same way, its members."""
+        found = {"type": self.name, "num_labels": self.num_labels}
+        if settings := self.settings():
+            found["settings"] = settings
+        if len(self.members):
+            found["members"] = [member._description() for member in self.members]
+        return found
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes `calibrator.json` and `calibrator.safetensors` into the folder `path`, made if it is missing."""
-        from .storage import write_calibrator
-
-        write_calibrator(self, Path(path))
+        write_files(Path(path), self.record(), self.tensors())
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Commits the two files to the Hub repo `repo_id`, made if it is missing; returns the commit's URL."""
-        from .storage import push_calibrator
+        from huggingface_hub import HfApi
 
-        return push_calibrator(self, repo_id, private=private, token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            message = f"Add {self.name} calibrator"
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
 
     def __repr__(self) -> str:
         return super().__repr__() if len(self.members) else f"{type(self).__name__}({self.extra_repr()})"
@@ -264,6 +287,11 @@ def check_label_shapes(logits: torch.Tensor, labels: torch.Tensor) -> None:
             f'logits: got shape {shapes[0]} for labels of shape {shapes[1]}; with task="multilabel" allowed are one '
             "logit for each label"
         )
+
+
+def are_label_names(names: Any, num_labels: int) -> bool:
+    """Whether it is a list with a string for each label."""
+    return isinstance(names, list) and len(names) == num_labels and all(isinstance(name, str) for name in names)
 
 
 class IdentityCalibration(Calibrator):

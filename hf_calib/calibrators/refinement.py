@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..metrics.distributed import sum_over_processes
+from ..distributed import sum_over_processes
 from .hermite import interpolate, rising_root
 from .streaming import nll_derivatives, split_rows
 

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
+from ..distributed import sum_over_processes
 from ..functional.binning import bin_sums, interior_edges, rank_cells
 from ..functional.calibration import TARGETS, checked_events
 from ..functional.checks import TASKS, check_choice, check_count, check_probs
 from ..functional.resampling import Estimate, SumStatistic, bootstrap_interval, mean_statistic, resample_groups
-from .distributed import sum_over_processes
 
 
 NUM_CELLS = 7680  # a multiple of 10, 15, 20 and 30, so that the sketch knows these bins exactly

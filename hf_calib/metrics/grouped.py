@@ -9,9 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from ..distributed import union_over_processes
 from ..functional.resampling import Estimate
 from .base import Metric
-from .distributed import union_over_processes
 from .intervals import bootstrap
 from .registry import make_metric
 

@@ -24,7 +24,8 @@ from ..attaching import (
     without_adapters,
 )
 from ..calibrators import Calibrator
-from ..calibrators.storage import JSON_NAME, load_calibrator
+from ..calibrators.loading import load_calibrator
+from ..calibrators.storage import JSON_NAME
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .diagrams import log_diagram

@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 from hf_calib import AutoCalibrator, IsotonicCalibration, TemperatureScaling
-from hf_calib.calibrators.storage import calibrator_sha256
+from hf_calib.calibrators.storage import files_sha256
 from hf_calib.version import __version__
 
 from ..forged import change_json, change_tensors, forge
@@ -42,7 +42,7 @@ def isotonic(tmp_path):
 def test_the_files_are_json_and_safetensors(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["calibrator.json", "calibrator.safetensors"]
     record = json.loads((folder / "calibrator.json").read_text(encoding="utf-8"))
-    assert record.pop("sha256") == calibrator_sha256(record, (folder / "calibrator.safetensors").read_bytes())
+    assert record.pop("sha256") == files_sha256(record, (folder / "calibrator.safetensors").read_bytes())
     assert record == {
         "library": "hf_calib",
         "library_version": __version__,

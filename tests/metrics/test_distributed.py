@@ -8,8 +8,8 @@ import textwrap
 import pytest
 import torch
 
+from hf_calib.distributed import sum_over_processes, union_over_processes
 from hf_calib.metrics import GroupedMetric, MetricCollection
-from hf_calib.metrics.distributed import sum_over_processes, union_over_processes
 
 from .every import class_rows
 
