@@ -23,17 +23,19 @@ from .calibrators.storage import weights_sha256, write_files
 
 
 SUBMODULE = "hf_calib_calibrator"
+TRAINED_ON = "before a training"  # in the place of a hash: whoever loads it beside the weights is warned
 FOLDED_KEY = "hf_calib_folded"  # in the model's config: it travels with the weights, and so knows what they are
 
 
 class _Attached(nn.Module):
-    """What a calibrated model carries: the calibrator, and whether it is suspended."""
+    """What a calibrated model carries: the calibrator, whether it is suspended, and whether training has gone on."""
 
     def __init__(self, calibrator: Calibrator, of_positions: bool):
         super().__init__()
         self.calibrator = calibrator
         self.of_positions = of_positions
         self.suspended = False
+        self.outdated = False
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated logits."""
@@ -250,6 +252,8 @@ def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
 
 def _calibrate_output(model: nn.Module, args: tuple, output: Any) -> Any:
     attached = model._modules[SUBMODULE]
+    if model.training and torch.is_grad_enabled() and not attached.outdated:
+        attached.outdated = True
     if attached.suspended:
         return output
     names = ("start_logits", "end_logits") if attached.of_positions else ("logits",)
@@ -280,7 +284,8 @@ def write_beside(model: nn.Module, folder: Path) -> None:
     """Writes a calibrated model's calibrator into the folder that its weights, or adapters, have been saved to."""
     weights = weights_sha256(folder)
     calibrator, applied = folded_calibrator(model), "folded"
-    if (attached := attached_calibrator(model)) is not None:
-        calibrator, applied = attached, "attached"
-        calibrator.provenance.setdefault("weights", weights)  # kept from now on, whatever becomes of the weights
+    if (attached := without_adapters(model)._modules.get(SUBMODULE)) is not None:
+        calibrator, applied = attached.calibrator, "attached"
+        # kept from now on, whatever becomes of the weights
+        calibrator.provenance.setdefault("weights", TRAINED_ON if attached.outdated else weights)
     write_files(folder, calibrator.record(applied=applied, weights=weights), calibrator.tensors())

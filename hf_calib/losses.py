@@ -50,7 +50,7 @@ class _Loss(nn.Module):
         self.settings = bound.kwargs
         # The functions check their own arguments. One call here makes a bad value fail now, not at step one.
         weights = self.settings["class_weights"]
-        num_classes = len(weights) if isinstance(weights, (list, tuple, torch.Tensor)) and len(weights) else 2
+        num_classes = len(weights) if hasattr(weights, "__len__") and len(weights) else 2
         self(torch.zeros(1, num_classes, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"))
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,7 @@ def make_loss(name: str, kwargs: dict[str, Any] | None = None, *, reduction: str
         >>> make_loss("focal", {"gamma": 2.0})
         FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean')
     """
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"name: got {name!r}; allowed are {', '.join(map(repr, LOSSES))}")
     kwargs = {} if kwargs is None else kwargs
     if not isinstance(kwargs, dict):

@@ -107,8 +107,8 @@ def prepare_reliability_from(metric: EventMetric, *, num_resamples: int = 500, s
         metric ([`~hf_calib.metrics.EventMetric`]): such as `METRICS["ece"]()`, of top labels or of one event.
         num_resamples, seed (`int`): as in `prepare_reliability`.
     Returns:
-        [`ReliabilityData`]: equal to that of the rows, but that confidences move by less than 1.3e-4 in the curve and
-        in the smooth ECE.
+        [`ReliabilityData`]: bins, histogram, ECE and means as of the rows themselves; in the curve, the density and
+        the smooth ECE, confidences have moved by less than 1.3e-4, and the band is of other resamples.
     Raises:
         ValueError: no row was seen, or the metric keeps other sums: class by class, or over its own few bins.
     Example:

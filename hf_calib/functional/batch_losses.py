@@ -15,8 +15,8 @@ from .checks import check_count, check_number
 from .losses import cross_entropy_loss, surprise
 from .reducing import (
     ClassWeights,
+    LossRows,
     RowFunction,
-    Rows,
     blocked,
     blocks_of,
     check_batch,
@@ -163,7 +163,7 @@ def mdca_loss(
         tensor(0.2054)
     """
 
-    def statistics_of(rows: Rows) -> RowFunction:
+    def statistics_of(rows: LossRows) -> RowFunction:
         expected = sum(log_probs.detach().exp()[kept].sum(0) for log_probs, kept in blocks_of(rows))
         labels = rows.labels[rows.kept]
         happened = labels.sum(0) if labels.dim() == 2 else labels.bincount(minlength=len(expected))
@@ -180,7 +180,7 @@ def mdca_loss(
 
 
 def _with_gap(
-    statistics_of: Callable[[Rows], RowFunction],
+    statistics_of: Callable[[LossRows], RowFunction],
     gap: Callable[[torch.Tensor], torch.Tensor],
     weight: float,
     logits: torch.Tensor,
@@ -212,7 +212,7 @@ def _with_gap(
     return losses + (added * rows.kept.sum() if reduction == "sum" else added)
 
 
-def _confidence_and_accuracy(rows: Rows) -> RowFunction:
+def _confidence_and_accuracy(rows: LossRows) -> RowFunction:
     """The largest probability of a row, and the label's share that is on that class."""
 
     def of_block(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

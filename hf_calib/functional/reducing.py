@@ -24,7 +24,7 @@ ClassWeights = torch.Tensor | Sequence[float] | None
 RowFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Rows(NamedTuple):
+class LossRows(NamedTuple):
     """Checked rows of a batch, without its leading dimensions."""
 
     logits: torch.Tensor  # (N, C)
@@ -44,7 +44,7 @@ def check_batch(
     labels: torch.Tensor,
     class_weights: ClassWeights = None,
     ignore_index: int = -100,
-) -> Rows:
+) -> LossRows:
     """Validates logits, labels and class weights, flattens leading dimensions, and finds which rows count.
 
     Raises:
@@ -72,7 +72,7 @@ def check_batch(
             check_labels(labels, num_classes)
     if class_weights is not None:
         class_weights = _check_class_weights(class_weights, num_classes).to(logits.device)
-    return Rows(logits, labels, kept, class_weights)
+    return LossRows(logits, labels, kept, class_weights)
 
 
 def _check_class_weights(class_weights: torch.Tensor | Sequence[float], num_classes: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ def reduce_losses(
     return losses.sum() / weights.where(kept, 0.0).sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def blocked(function: RowFunction, rows: Rows) -> torch.Tensor:
+def blocked(function: RowFunction, rows: LossRows) -> torch.Tensor:
     """`function` of the rows' log-probabilities and labels, 0 where a row is not kept, a block of rows at a time.
 
     Returns:
@@ -145,7 +145,7 @@ def blocked(function: RowFunction, rows: Rows) -> torch.Tensor:
     return _of_block(function, logits.where(kept[:, None], 0.0), labels, kept)
 
 
-def blocks_of(rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def blocks_of(rows: LossRows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities `(n, C)` and whether they are kept, `(n,)`, a block of rows at a time."""
     for logits, kept in _split(rows.logits, rows.kept):
         yield _log_probs(logits), kept

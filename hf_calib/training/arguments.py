@@ -73,8 +73,15 @@ class CalibrationTrainingArguments(TrainingArguments):
         check_number("mixup_alpha", self.mixup_alpha)
         if self.mixup_weight is not None:
             check_number("mixup_weight", self.mixup_weight)
+            if self.mixup_alpha == 0:
+                raise ValueError(f"mixup_weight: got {self.mixup_weight!r}; allowed is None where mixup_alpha is 0")
         if isinstance(self.calibration_loss_kwargs, str):
             self.calibration_loss_kwargs = _read_json_object(self.calibration_loss_kwargs)
+        elif isinstance(self.calibration_loss_kwargs, dict):  # trackers are given the arguments as JSON
+            self.calibration_loss_kwargs = {
+                name: value.tolist() if hasattr(value, "tolist") else value
+                for name, value in self.calibration_loss_kwargs.items()
+            }
         if self.calibration_loss is None and self.calibration_loss_kwargs:
             raise ValueError(
                 f"calibration_loss_kwargs: got {self.calibration_loss_kwargs!r} without a calibration_loss; allowed "

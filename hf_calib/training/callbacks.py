@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..attaching import attached_calibrator, uncalibrated
 from ..calibrators import Calibrator
-from .arguments import check_calibrator_name
+from .arguments import is_lower_better
 from .diagrams import log_diagram
 from .evaluating import EvaluationSums, prefix_of
-from .fitting import fit_and_attach, row_batches
+from .fitting import check_calibrator, check_fit, fit_and_attach, row_batches, warn_of_outdated
 from .targets import check_model, has_several_labels
 
 
@@ -20,6 +22,7 @@ class CalibrationCallback(TrainerCallback):
     The scores cost a second pass over the evaluation rows, since a `Trainer` keeps what it has computed to itself.
     They are in the metrics before the best model is chosen: `metric_for_best_model="refinement"` works, with
     `greater_is_better=False`. A callback that reads them, such as `EarlyStoppingCallback`, is added after this one.
+    While it trains, an attached calibrator is suspended.
 
     When to use: with a `Trainer` that cannot be a `CalibrationTrainer`, such as TRL's `SFTTrainer`:
     `trainer.add_callback(CalibrationCallback(trainer, dataset))`.
@@ -30,21 +33,46 @@ class CalibrationCallback(TrainerCallback):
             calibrator is fitted on them and attached, so that what is saved from then on carries it.
         calibrator (`str`): a key of `CALIBRATORS`, or `"auto"`.
     Raises:
-        ValueError: the calibrator is unknown, or the model is none that `CalibrationTrainer` takes.
+        ValueError: the calibrator is unknown, the model is none that `CalibrationTrainer` takes, or the best model is
+            to be the one of the highest NLL, refinement, ECE or Brier score. When training begins: as
+            `CalibrationTrainer.calibrate`.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any = None, *, calibrator: str = "temperature"):
         check_model(trainer.model)
-        check_calibrator_name(calibrator)
+        check_calibrator(trainer.model, calibrator)
+        if trainer.args.greater_is_better and is_lower_better(trainer.args.metric_for_best_model):
+            raise ValueError(
+                f"greater_is_better: got True, which keeps the worst {trainer.args.metric_for_best_model}; allowed is "
+                "False, which TrainingArguments does not know by itself"
+            )
         self.trainer, self.dataset, self.calibrator = trainer, dataset, calibrator
         self.fitted: Calibrator | None = None
-        self.batches: Any = None
+        self._batches: Any = None
+        self._before: Calibrator | None = None
+        self._in_training = ExitStack()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuses what could not be fitted in the end; suspends a calibrator that is attached."""
+        if self.dataset is not None:
+            check_fit(self.trainer, self.dataset, self.calibrator)
+        self._in_training.close()  # of a training that was interrupted
+        self._before = attached_calibrator(self.trainer.model)
+        self._in_training.enter_context(uncalibrated(self.trainer.model))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remembers what is evaluated."""
-        self.batches = kwargs["eval_dataloader"]
+        self._batches = kwargs["eval_dataloader"]
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Forgets it: a prediction is no evaluation."""
+        self._batches = None
 
     def on_evaluate(
         self,
@@ -55,12 +83,12 @@ class CalibrationCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the scores of the rows that these metrics are of, and logs them and the reliability diagram."""
-        batches, self.batches = self.batches, None
+        batches, self._batches = self._batches, None
         prefix = prefix_of(metrics)
         if batches is None or f"{prefix}_refinement" in metrics:  # no rows, or a CalibrationTrainer has done it
             return
         sums = EvaluationSums(of_events=has_several_labels(self.trainer.model))
-        for rows in row_batches(self.trainer, batches, raw=False):
+        for rows in row_batches(self.trainer, batches, "Scoring", raw=False):
             sums.add(rows)
         found = {f"{prefix}_{name}": value for name, value in (sums.compute() or {}).items()}
         new = {key: value for key, value in found.items() if key not in metrics}
@@ -71,6 +99,9 @@ class CalibrationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fits the calibrator and attaches it."""
+        """Fits the calibrator and attaches it; without a data set, warns of one that was attached before."""
+        self._in_training.close()
         if self.dataset is not None:
             self.fitted = fit_and_attach(self.trainer, self.dataset, self.calibrator)
+        else:
+            warn_of_outdated(self.trainer.model, self._before)

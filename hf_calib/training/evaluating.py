@@ -9,7 +9,7 @@ import torch
 
 from ..calibrators.refinement import RefinementSums
 from ..metrics import EventMetric, MetricCollection
-from .targets import IGNORED_LABEL, Rows
+from .targets import IGNORED_LABEL, TaskRows
 
 
 METRICS = ("ece", "brier")
@@ -31,7 +31,7 @@ class EvaluationSums:
         self.refinement = RefinementSums()
         self.confidences: EventMetric | None = None
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: TaskRows) -> None:
         """Adds the rows of a batch that have a label."""
         logits, labels = kept_rows(rows)
         if len(labels) == 0:
@@ -61,10 +61,11 @@ class EvaluationSums:
 
 def prefix_of(metrics: Mapping[str, float]) -> str | None:
     """What stands before the names of an evaluation's metrics, such as `"eval"`; None where these are of none."""
-    return next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), None)
+    found = [name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")]
+    return found[-1] if found else None  # Trainer's own stands after those of the user
 
 
-def kept_rows(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_rows(rows: TaskRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(n, C)` and labels `(n,)`, or shares `(n, C)`, of the rows that have a label."""
     logits, labels = rows
     kept = labels != IGNORED_LABEL

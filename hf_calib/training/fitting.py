@@ -25,11 +25,12 @@ from ..attaching import (
     without_adapters,
 )
 from ..calibrators import Calibrator, make_calibrator, select_calibrator
+from ..calibrators.rows import warn_caller
 from ..calibrators.selection import PREFER_SINGLE
 from .arguments import check_calibrator_name
 from .evaluating import kept_rows
 from .seen_rows import refuse_seen_rows
-from .targets import IGNORED_LABEL, Rows, has_several_labels, inputs_of_model, label_columns, rows_of
+from .targets import IGNORED_LABEL, TaskRows, has_several_labels, inputs_of_model, label_columns, rows_of
 
 
 # What is fitted on logits that are too large to keep, or are of as many classes as a text is long
@@ -37,8 +38,27 @@ TEMPERATURE = ("temperature",)
 NO_LABELLED_ROW = "dataset: got no labelled row; allowed are rows with a label, as in train_dataset"
 
 
+def check_calibrator(model: nn.Module, name: str) -> None:
+    """Raises a ValueError unless there is such a calibrator, and this model can have it."""
+    check_calibrator_name(name)
+    base = without_adapters(model)
+    streams = predicts_tokens(base)
+    if (streams or answers_questions(base)) and name not in TEMPERATURE:
+        what = "a language model" if streams else "a model that finds answers"
+        raise ValueError(f"calibrator: got {name!r}; allowed for {what} are {', '.join(TEMPERATURE)}")
+
+
+def check_fit(trainer: Trainer, dataset: Any, name: str) -> None:
+    """Raises the ValueErrors of `CalibrationTrainer.calibrate` that can be known before any row is predicted."""
+    check_calibrator(trainer.model, name)
+    check_not_folded(without_adapters(trainer.model))
+    if dataset is None or isinstance(dataset, (dict, str)):
+        raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is one data set")
+    refuse_seen_rows(trainer.train_dataset, dataset, without_adapters(trainer.model))
+
+
 def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
-    """`CalibrationTrainer.calibrate` with any `Trainer`.
+    """`CalibrationTrainer.calibrate` with any `Trainer`, of what `check_fit` has accepted.
 
     Args:
         trainer ([`~transformers.Trainer`]): its model is calibrated, its data collator and batch size are used.
@@ -46,22 +66,11 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
         name (`str`): a key of `CALIBRATORS`, or `"auto"`.
     Returns:
         [`Calibrator`]: as it is attached to the model.
-    Raises:
-        ValueError: as `CalibrationTrainer.calibrate`.
     """
     model = trainer.model
     base = without_adapters(model)
-    check_calibrator_name(name)
-    check_not_folded(base)
-    if dataset is None or isinstance(dataset, dict):
-        raise ValueError(f"dataset: got {type(dataset).__name__}; allowed is one data set")
-    streams = predicts_tokens(base)
-    if (streams or answers_questions(base)) and name not in TEMPERATURE:
-        what = "a language model" if streams else "a model that finds answers"
-        raise ValueError(f"calibrator: got {name!r}; allowed for {what} are {', '.join(TEMPERATURE)}")
-    refuse_seen_rows(trainer.train_dataset, dataset, base)
-    batches = row_batches(trainer, trainer.get_test_dataloader(dataset))
-    if streams:
+    batches = row_batches(trainer, _every_row(trainer, dataset), "Calibrating")
+    if predicts_tokens(base):
         fitted = make_calibrator(name).fit_batches(map(kept_rows, batches))
     else:
         logits, labels = _gather_rows(trainer.accelerator, map(_rows_to_fit(base), batches))
@@ -76,11 +85,30 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
     return attached_calibrator(model)
 
 
-def row_batches(trainer: Trainer, batches: Iterable[dict], *, raw: bool = True) -> Iterator[Rows]:
+def warn_of_outdated(model: nn.Module, before: Calibrator | None) -> None:
+    """Warns if the calibrator that a model had before a training is attached still."""
+    if before is not None and attached_calibrator(model) is before:
+        warn_caller(
+            "The attached calibrator was fitted before this training and does not fit the model any more. "
+            "Fit it again: trainer.calibrate(dataset)."
+        )
+
+
+def _every_row(trainer: Trainer, dataset: Any) -> Iterable[dict]:
+    """Batches of a data set, also of the rows that `dataloader_drop_last` would leave out."""
+    drop, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
+    try:
+        return trainer.get_test_dataloader(dataset)
+    finally:
+        trainer.args.dataloader_drop_last = drop
+
+
+def row_batches(trainer: Trainer, batches: Iterable[dict], doing: str, *, raw: bool = True) -> Iterator[TaskRows]:
     """Logits and labels of this process's rows, a batch at a time; raw ones, or as an attached calibrator has them."""
+    quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     model = trainer.model
     with uncalibrated(model) if raw else nullcontext(), in_eval_mode(model):
-        for inputs in logging.tqdm(batches, desc="Calibrating", disable=trainer.args.disable_tqdm):
+        for inputs in logging.tqdm(batches, desc=doing, disable=quiet):
             inputs = trainer._prepare_inputs(inputs)
             if any(inputs.get(column) is None for column in label_columns(model)):
                 raise ValueError(NO_LABELLED_ROW)
@@ -89,12 +117,12 @@ def row_batches(trainer: Trainer, batches: Iterable[dict], *, raw: bool = True) 
             yield own_rows(trainer, rows)
 
 
-def _rows_to_fit(model: nn.Module) -> Callable[[Rows], tuple[torch.Tensor, torch.Tensor]]:
+def _rows_to_fit(model: nn.Module) -> Callable[[TaskRows], tuple[torch.Tensor, torch.Tensor]]:
     """What makes of a batch the logits and labels that a calibrator takes; of several labels, one logit each."""
     if not has_several_labels(model):
         return kept_rows
 
-    def of_events(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_events(rows: TaskRows) -> tuple[torch.Tensor, torch.Tensor]:
         labels = rows.labels[..., 1] if rows.labels.is_floating_point() else rows.labels
         return rows.logits[..., 1] - rows.logits[..., 0], labels
 
@@ -124,10 +152,10 @@ def _gather_rows(
     return logits.cpu(), labels.cpu()
 
 
-def own_rows(trainer: Trainer, rows: Rows) -> Rows:
+def own_rows(trainer: Trainer, rows: TaskRows) -> TaskRows:
     """Those of this process's batch that are not there to fill up the last one."""
     state, batch_size = trainer.accelerator.gradient_state, len(rows.logits)
     if not state.end_of_dataloader or state.remainder <= 0:
         return rows
     number = max(0, state.remainder - trainer.accelerator.process_index * batch_size)
-    return Rows(rows.logits[:number], rows.labels[:number])
+    return TaskRows(rows.logits[:number], rows.labels[:number])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attaching import without_adapters
+from ..attaching import in_eval_mode, without_adapters
+from ..probing import probe_inputs
 from .targets import OF_WHOLE, has_head
 
 
@@ -22,8 +23,28 @@ def check_mixes(model: nn.Module) -> None:
             f"mixup_alpha: {type(base).__name__} cannot be trained on mixtures; allowed are encoders that classify "
             "whole texts, images or sounds"
         )
-    if base.main_input_name == "input_ids" and "inputs_embeds" not in takes:
+    if base.main_input_name != "input_ids":
+        return
+    if "inputs_embeds" not in takes:
         raise ValueError(f"mixup_alpha: {type(base).__name__} takes no inputs_embeds, which mixtures of texts are")
+    if not _reads_embeddings_alone(base):
+        raise ValueError(
+            f"mixup_alpha: {type(base).__name__} finds the end of a text by its tokens, which mixtures have none of; "
+            "allowed are encoders, which have the attention mask"
+        )
+
+
+def _reads_embeddings_alone(model: nn.Module) -> bool:
+    """Whether the embeddings of padded texts give the logits that their tokens give."""
+    inputs = probe_inputs(model)
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"].clone()
+    mask[:, -2:] = 0
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    tokens = tokens.where(mask == 1, pad)
+    with in_eval_mode(model), torch.no_grad():
+        by_tokens = model(input_ids=tokens, attention_mask=mask).logits
+        by_embeddings = model(inputs_embeds=model.get_input_embeddings()(tokens), attention_mask=mask).logits
+    return torch.allclose(by_tokens, by_embeddings, rtol=1e-2, atol=1e-2 * float(by_tokens.abs().max()))
 
 
 def draw_mixture(num_rows: int, alpha: float) -> tuple[float, torch.Tensor]:

@@ -30,7 +30,7 @@ LABELS_COME_SHIFTED = (
 PROBLEMS = (None, "single_label_classification", "multi_label_classification")
 
 
-class Rows(NamedTuple):
+class TaskRows(NamedTuple):
     """Logits `(B, ..., C)`, and labels `(B, ...)` or shares `(B, ..., C)`; ignored ones are -100."""
 
     logits: torch.Tensor
@@ -86,6 +86,11 @@ def check_class_numbers(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; allowed are class numbers. Shares take a "
             'calibration_loss, and several labels model.config.problem_type="multi_label_classification"'
         )
+    if labels.dtype == torch.bool or labels.dim() != (1 if has_head(base, OF_WHOLE) else 2):
+        shape = "(B,)" if has_head(base, OF_WHOLE) else "(B, L)"
+        raise ValueError(
+            f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; allowed are class numbers, integers {shape}"
+        )
     kept = labels[labels != IGNORED_LABEL]
     if kept.numel() and not predicts_tokens(base):
         check_labels(kept, base.config.num_labels)
@@ -123,22 +128,22 @@ def _decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[..., :-1], (1, 0), value=start).where(F.pad(labels[..., :-1], (1, 0)) != IGNORED_LABEL, pad)
 
 
-def rows_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Rows:
+def rows_of(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> TaskRows:
     """The rows of a batch, from what the model made of its inputs without the labels."""
     if answers_questions(without_adapters(model)):
         named = isinstance(outputs, Mapping)
         start, end = (outputs["start_logits"], outputs["end_logits"]) if named else outputs[:2]
-        return Rows(torch.stack([start, end], 1), _positions(inputs, start.shape[-1]).to(start.device))
+        return TaskRows(torch.stack([start, end], 1), _positions(inputs, start.shape[-1]).to(start.device))
     if isinstance(outputs, Mapping) and outputs.get("logits") is None:
         raise ValueError(f"model: got {type(without_adapters(model)).__name__}, which gives no logits")
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     labels = inputs["labels"].to(logits.device)
     if _predicts_next(model):
         logits = logits[:, -labels.shape[-1] :]  # without the virtual tokens of a tuned prompt
-        return Rows(logits, F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL))
+        return TaskRows(logits, F.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL))
     if has_several_labels(model):
-        return Rows(torch.stack([torch.zeros_like(logits), logits], -1), _of_events(labels))
-    return Rows(logits, labels)
+        return TaskRows(torch.stack([torch.zeros_like(logits), logits], -1), _of_events(labels))
+    return TaskRows(logits, labels)
 
 
 def count_labels(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -16,8 +16,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..attaching import (
-    attach_calibrator,
+    attach_copy,
     attached_calibrator,
+    check_can_calibrate,
     forget_folded,
     is_folded,
     uncalibrated,
@@ -30,10 +31,10 @@ from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .diagrams import log_diagram
 from .evaluating import EvaluationSums, prefix_of
-from .fitting import fit_and_attach, own_rows
+from .fitting import check_calibrator, check_fit, fit_and_attach, own_rows, warn_of_outdated
 from .mixup import check_mixes, draw_mixture, mixed_inputs
 from .targets import (
-    Rows,
+    TaskRows,
     check_class_numbers,
     check_labels_are_there,
     check_model,
@@ -44,9 +45,6 @@ from .targets import (
     label_columns,
     rows_of,
 )
-
-
-TRAINED_ON = "before a training"  # in the place of a hash: whoever loads the calibrator beside other weights is warned
 
 
 class CalibrationTrainer(Trainer):
@@ -110,7 +108,7 @@ class CalibrationTrainer(Trainer):
         super().__init__(model, args, *more, **kwargs)
         self._refuse_ignored_arguments()
         self.model_accepts_loss_kwargs = False  # labels are counted here
-        self._evaluated: Rows | None = None
+        self._evaluated: TaskRows | None = None
         self._sums = EvaluationSums(of_events=self.model is not None and has_several_labels(self.model))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -192,7 +190,7 @@ class CalibrationTrainer(Trainer):
     ) -> tuple[torch.Tensor, Any]:
         """The model's own: a mean over the labels of the batch, of which this is the share."""
         check_class_numbers(self.model, inputs)
-        outputs = model(**inputs)
+        outputs = model(**{**inputs, "labels": inputs["labels"].long()})
         mean = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
         if mean is None or mean.dim() > 0:
             raise ValueError(
@@ -259,26 +257,27 @@ class CalibrationTrainer(Trainer):
             if self.model is not None:
                 self._leave_raw(self.model)
             output = super().train(*args, **kwargs)
-        if self._attached_before is not None and attached_calibrator(self.model) is self._attached_before:
-            warnings.warn(
-                "The attached calibrator was fitted before this training and does not fit the model any more. "
-                "Fit it again: trainer.calibrate(dataset).",
-                stacklevel=2,
-            )
+        warn_of_outdated(self.model, self._attached_before)
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As `Trainer`, with the calibrator that the model had in the process that wrote the checkpoint."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if attached_calibrator(self.model) is None and (Path(resume_from_checkpoint) / JSON_NAME).exists():
-            attach_calibrator(self.model, load_calibrator(Path(resume_from_checkpoint)))
-            self._leave_raw(self.model)
+        folder = Path(resume_from_checkpoint)
+        if attached_calibrator(self.model) is not None or not (folder / JSON_NAME).exists():
+            return
+        try:
+            calibrator = load_calibrator(folder)
+            check_can_calibrate(self.model, calibrator)
+        except (ValueError, FileNotFoundError) as error:
+            warnings.warn(f"The calibrator in {folder} is not attached: {error}", stacklevel=2)
+            return
+        attach_copy(self.model, calibrator)
+        self._leave_raw(self.model)
 
     def _leave_raw(self, model: nn.Module) -> None:
-        """Until training ends, the model gives raw logits; what is attached remembers that it is of other weights."""
-        self._attached_before = calibrator = attached_calibrator(model)
-        if calibrator is not None:
-            calibrator.provenance.setdefault("weights", TRAINED_ON)
+        """Until training ends, the model gives raw logits."""
+        self._attached_before = attached_calibrator(model)
         if is_folded(base := without_adapters(model)):
             forget_folded(base)
             warnings.warn(
@@ -308,13 +307,17 @@ class CalibrationTrainer(Trainer):
             ValueError: the calibrator is unknown, one is folded into the weights, rows are in `train_dataset` too, or
                 no row has a label.
         """
-        return fit_and_attach(self, dataset, self.args.calibrator if calibrator is None else calibrator)
+        name = self.args.calibrator if calibrator is None else calibrator
+        check_fit(self, dataset, name)
+        return fit_and_attach(self, dataset, name)
 
     def _refuse_ignored_arguments(self) -> None:
         """Raises a ValueError for what `Trainer` takes but this loss would ignore, or get wrong."""
         args = self.args
-        if self.model is not None and args.mixup_alpha > 0:
-            check_mixes(self.model)
+        if self.model is not None:
+            check_calibrator(self.model, args.calibrator)
+            if args.mixup_alpha > 0:
+                check_mixes(self.model)
         columns = list(label_columns(self.model)) if self.model is not None else self.label_names
         func = None if args.calibration_loss is None and args.mixup_alpha == 0 else self.compute_loss_func
         refused = (

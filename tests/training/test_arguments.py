@@ -1,10 +1,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_calib.calibrators import CALIBRATORS
+from hf_calib.functional.losses import focal_loss
 from hf_calib.losses import LOSSES
 from hf_calib.training import CalibrationTrainingArguments
 
@@ -47,6 +50,16 @@ def test_from_json_and_back(tmp_path):
     path.write_text(json.dumps({"output_dir": "out", "use_cpu": True, "calibration_loss": "brier"}))
     (again,) = HfArgumentParser(CalibrationTrainingArguments).parse_json_file(str(path))
     assert again.calibration_loss == "brier"
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1.0, 2, 3]), np.array([1.0, 2, 3]), [1.0, 2, 3]])
+def test_class_weights_are_written_as_json(weights):
+    args = make(calibration_loss="focal", calibration_loss_kwargs={"class_weights": weights})
+    assert json.loads(args.to_json_string())["calibration_loss_kwargs"] == {"class_weights": [1.0, 2.0, 3.0]}
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    torch.testing.assert_close(
+        args.make_loss()(logits, labels), focal_loss(logits, labels, class_weights=[1.0, 2, 3], reduction="sum")
+    )
 
 
 @pytest.mark.parametrize("name", ["refinement", "eval_nll", "eval_first_ece", "brier", "loss", "eval_loss"])
@@ -95,6 +108,7 @@ def test_every_calibrator_is_allowed(name):
             {"calibration_loss_kwargs": {"gamma": 2}},
             "calibration_loss_kwargs: got {'gamma': 2} without a",
         ),
+        ({"calibration_loss": ["focal"]}, r"calibration_loss=\['focal'\].*allowed are 'cross_entropy'"),
         ({"calibrator": "temprature"}, "calibrator: got 'temprature'; allowed are 'auto', .*'temperature'"),
         (
             {"label_smoothing_factor": 0.1, "calibration_loss": "focal"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, EarlyStoppingCallback, Trainer, TrainingArguments
 
-from hf_calib import AutoCalibrator, attached_calibrator
+from hf_calib import AutoCalibrator, attached_calibrator, load_calibrated
 from hf_calib.training import CalibrationCallback
 
 from . import one_step as tiny
@@ -133,3 +133,46 @@ def test_refusals(tmp_path):
     trainer.add_callback(CalibrationCallback(trainer, trainer.train_dataset))
     with pytest.raises(ValueError, match="dataset: 16 of 16 rows are in train_dataset too"):
         trainer.train()
+    assert trainer.state.global_step == 0, "before the first step"
+    language = stock_trainer("gpt2", tmp_path, None)
+    with pytest.raises(ValueError, match="calibrator: got 'vector'; allowed for a language model are temperature"):
+        CalibrationCallback(language, calibrator="vector")
+    best = stock_trainer("several", tmp_path, None, metric_for_best_model="eval_nll")
+    with pytest.raises(ValueError, match="greater_is_better: got True, which keeps the worst eval_nll"):
+        CalibrationCallback(best)
+
+
+def test_a_second_training_does_not_see_the_calibrator_of_the_first(tmp_path):
+    rows = tiny.held_out_task_rows("image", 29)
+    steps = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
+    trainer = stock_trainer("image", tmp_path, rows, **steps)
+    callback = CalibrationCallback(trainer, rows)
+    trainer.add_callback(callback)
+    trainer.train()
+    first = callback.fitted
+    first.temperature.fill_(5.0)  # it would show
+    trainer.train()
+    scored = [log for log in trainer.state.log_history if "eval_nll" in log]
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert scored[-1]["eval_nll"] == pytest.approx(losses[-1], rel=1e-5)  # the stock loss is of raw logits
+    assert attached_calibrator(trainer.model) is callback.fitted is not first
+    with pytest.warns(UserWarning, match="fitted for other weights"):
+        load_calibrated(tmp_path / "checkpoint-1")
+    trainer.save_model(str(tmp_path / "saved"))
+    load_calibrated(tmp_path / "saved")  # a warning would be an error
+
+
+def test_without_rows_an_old_calibrator_is_warned_of(tmp_path):
+    trainer = stock_trainer("image", tmp_path, None)
+    ours = tiny.make_trainer("sequence", tmp_path, model=trainer.model, trainer={"train_dataset": None})
+    ours.calibrate(tiny.held_out_task_rows("image", 29))
+    trainer.add_callback(CalibrationCallback(trainer))
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        trainer.train()
+
+
+def test_a_metric_that_is_called_a_runtime(tmp_path):
+    trainer = stock_trainer("several", tmp_path, tiny.held_out_task_rows("several", 20))
+    trainer.compute_metrics = lambda prediction: {"model_runtime": 1.0}
+    trainer.add_callback(CalibrationCallback(trainer))
+    assert {"eval_model_runtime", "eval_nll", "eval_refinement"} <= set(trainer.evaluate())

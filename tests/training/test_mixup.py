@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_calib.training import trainer as trainer_module
 from hf_calib.training.mixup import draw_mixture
@@ -103,9 +104,17 @@ def test_models_of_parts_of_an_input_are_refused(kind, tmp_path):
         tiny.make_trainer(kind, tmp_path, mixup_alpha=0.4)
 
 
+def test_a_classifier_that_looks_for_the_last_token_is_refused(tmp_path):
+    """From embeddings GPT-2 cannot tell where a padded text ends."""
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=50, pad_token_id=0, num_labels=3)
+    with pytest.raises(ValueError, match="mixup_alpha: GPT2ForSequenceClassification finds the end of a text by its"):
+        tiny.make_trainer("sequence", tmp_path, model=GPT2ForSequenceClassification(config), mixup_alpha=0.4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"mixup_weight": 1.0}, "mixup_weight: got 1.0; allowed is None where mixup_alpha is 0"),
         ({"mixup_alpha": -1.0}, "mixup_alpha: got -1.0; allowed are finite numbers from 0 up"),
         ({"mixup_alpha": 0.4, "mixup_weight": -1.0}, "mixup_weight: got -1.0; allowed are finite numbers from 0 up"),
     ],

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_calib import attached_calibrator, load_calibrated
+from hf_calib import attach_calibrator, attached_calibrator, load_calibrated
+from hf_calib.calibrators import TemperatureScaling
 from hf_calib.training import CalibrationTrainingArguments
 
 from . import one_step as tiny
@@ -17,6 +18,21 @@ def test_a_compiled_model_takes_the_same_step(loss, tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     found = tiny.one_step("sequence", tmp_path, calibration_loss=loss, **compiled)
     assert_equal_steps(found, tiny.one_step("sequence", tmp_path, calibration_loss=loss))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_with_a_calibrator_is_trained_on_raw_logits(tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
+    calibrator = TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0]))
+    model = attach_calibrator(tiny.tiny_model("sequence"), calibrator)
+    trainer = tiny.make_trainer("sequence", tmp_path, model=model, calibration_loss="focal", **compiled)
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        trainer.train()
+    found = {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm")}
+    assert_equal_steps(found, tiny.one_step("sequence", tmp_path, calibration_loss="focal"))
+    trainer.save_model(str(tmp_path / "saved"))
+    with pytest.warns(UserWarning, match="fitted for other weights than these"):
+        load_calibrated(tmp_path / "saved")
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

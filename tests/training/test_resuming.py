@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from hf_calib import attach_calibrator, attached_calibrator, load_calibrated
 from hf_calib.calibrators import TemperatureScaling
@@ -84,6 +85,34 @@ def test_a_resumed_training_has_the_calibrator_again(tmp_path):
     assert raw[0] == raw[1] > calibrated[0] == calibrated[1]
     with pytest.warns(UserWarning, match="the calibrator was fitted for other weights than these"):
         load_calibrated(tmp_path / "checkpoint-2")
+
+
+def test_a_calibrator_that_does_not_fit_is_left_and_the_training_goes_on(tmp_path):
+    model = tiny.tiny_model("sequence", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    attach_calibrator(model, TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0])))
+    arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    with pytest.warns(UserWarning, match="fitted before this training"):
+        tiny.make_trainer("sequence", tmp_path, model=model, **arguments).train()
+    trainer = tiny.make_trainer("sequence", tmp_path, **arguments)
+    with pytest.warns(
+        UserWarning, match=r"The calibrator in .*checkpoint-1 is not attached: .*fitted for \['a', 'b', 'c'\]"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+    assert attached_calibrator(trainer.model) is None
+
+
+def test_a_stock_training_tells_that_the_calibrator_is_of_other_weights(tmp_path):
+    model = tiny.tiny_model("sequence")
+    attach_calibrator(model, TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0])))
+    model.save_pretrained(tmp_path / "before")
+    load_calibrated(tmp_path / "before")  # a warning would be an error
+    model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
+    Trainer(model, args, train_dataset=tiny.tiny_rows("sequence", 16)).train()
+    model.save_pretrained(tmp_path / "after")
+    with pytest.warns(UserWarning, match="fitted for other weights than these"):
+        load_calibrated(tmp_path / "after")
 
 
 def test_a_calibrator_that_is_attached_is_not_replaced_by_the_checkpoints(tmp_path):

@@ -396,6 +396,32 @@ def test_float_labels_are_refused_before_the_first_step(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("sequence", lambda labels: labels[None], r"int64 of shape \(16, 1\); allowed are .* integers \(B,\)"),
+        ("sequence", lambda labels: labels > 0, r"bool of shape \(16,\); allowed are .* integers \(B,\)"),
+        ("token", lambda labels: labels[0], r"int64 of shape \(16,\); allowed are .* integers \(B, L\)"),
+    ],
+)
+def test_labels_of_another_shape_or_kind_are_refused_before_the_first_step(kind, change, message, tmp_path):
+    """Stock heads take some of these, in training and not in an evaluation."""
+    rows = [{**row, "labels": change(row["labels"])} for row in tiny.tiny_rows(kind, 16)]
+    trainer = tiny.make_trainer(kind, tmp_path, trainer={"train_dataset": rows})
+    with pytest.raises(ValueError, match=rf"labels: got torch\.{message}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("loss", [None, "focal"])
+def test_labels_of_another_width_are_the_same(loss, tmp_path):
+    rows = [{**row, "labels": row["labels"].int()} for row in tiny.tiny_rows("sequence", 16)]
+    trainer = tiny.make_trainer("sequence", tmp_path, trainer={"train_dataset": rows}, calibration_loss=loss)
+    trainer.train()
+    expected = tiny.one_step("sequence", tmp_path, calibration_loss=loss)
+    assert trainer.state.log_history[0]["loss"] == expected["loss"]
+
+
 # ---- calibration ----
 
 
@@ -426,6 +452,14 @@ def test_calibrate_fits_raw_logits_and_attaches(kind, name, tmp_path):
 def test_calibrate_finds_the_temperature(tmp_path):
     trainer = tiny.make_trainer("token", tmp_path, per_device_eval_batch_size=256)
     assert float(trainer.calibrate(tiny.held_out_rows("token", 1500)).temperature) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize("num_rows", [30, 3])
+def test_calibrate_drops_no_rows(num_rows, tmp_path):
+    trainer = tiny.make_trainer("sequence", tmp_path, dataloader_drop_last=True)  # batches of 4
+    rows = tiny.held_out_rows("sequence", 30)[:num_rows]
+    assert trainer.calibrate(rows).provenance["rows"] == num_rows
+    assert trainer.args.dataloader_drop_last
 
 
 def test_calibrate_selects(tmp_path):
@@ -548,7 +582,7 @@ def test_a_calibrator_of_a_model_made_for_the_training_is_suspended_too(tmp_path
 
 
 def test_a_calibration_set_is_one_data_set(tmp_path):
-    for dataset, name in ((None, "NoneType"), ({"a": tiny.tiny_rows("sequence", 5)}, "dict")):
+    for dataset, name in ((None, "NoneType"), ({"a": tiny.tiny_rows("sequence", 5)}, "dict"), ("me/rows", "str")):
         with pytest.raises(ValueError, match=f"dataset: got {name}; allowed is one data set"):
             tiny.make_trainer("sequence", tmp_path).calibrate(dataset)
 
