@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, EarlyStoppingCallback, Trainer, TrainingArguments
 
-from hf_calib import AutoCalibrator, attached_calibrator, load_calibrated
+from hf_calib import AutoCalibrator, attached_calibrator, load_calibrated, uncalibrated
 from hf_calib.training import CalibrationCallback
 
 from . import one_step as tiny
@@ -165,10 +165,14 @@ def test_a_second_training_does_not_see_the_calibrator_of_the_first(tmp_path):
 def test_without_rows_an_old_calibrator_is_warned_of(tmp_path):
     trainer = stock_trainer("image", tmp_path, None)
     ours = tiny.make_trainer("sequence", tmp_path, model=trainer.model, trainer={"train_dataset": None})
-    ours.calibrate(tiny.held_out_task_rows("image", 29))
+    rows = tiny.held_out_task_rows("image", 29)
+    ours.calibrate(rows)
     trainer.add_callback(CalibrationCallback(trainer))
     with pytest.warns(UserWarning, match="fitted before this training"):
         trainer.train()
+    with uncalibrated(trainer.model):
+        raw = trainer.evaluate(rows)
+    assert trainer.evaluate(rows)["eval_nll"] < raw["eval_nll"] - 0.01, "it is back after the training"
 
 
 def test_a_metric_that_is_called_a_runtime(tmp_path):

@@ -108,6 +108,13 @@ def test_a_stock_training_tells_that_the_calibrator_is_of_other_weights(tmp_path
     model.save_pretrained(tmp_path / "before")
     load_calibrated(tmp_path / "before")  # a warning would be an error
     model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    model.eval()(**inputs).logits.sum().backward()  # as an explanation of a prediction does
+    with torch.no_grad():
+        model.train()(**inputs)  # as passes with dropout do
+    model.save_pretrained(tmp_path / "used")
+    load_calibrated(tmp_path / "used")  # a warning would be an error
+    model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
     Trainer(model, args, train_dataset=tiny.tiny_rows("sequence", 16)).train()
     model.save_pretrained(tmp_path / "after")

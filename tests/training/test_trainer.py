@@ -356,6 +356,7 @@ def test_models_that_are_refused(make_model, message, tmp_path):
             {"calibration_loss": "focal"},
             "compute_loss_func: got .*; allowed is None: the loss is",
         ),
+        ({"kind": "gpt2"}, {"calibrator": "vector"}, "calibrator: got 'vector'; allowed for a language model are"),
         ({}, {"label_names": ["tags"]}, r"label_names: got \['tags'\]; allowed is \['labels'\]"),
         (
             {},
@@ -365,8 +366,9 @@ def test_models_that_are_refused(make_model, message, tmp_path):
     ],
 )
 def test_arguments_that_are_refused(trainer, arguments, message, tmp_path):
+    kind = trainer.pop("kind", "sequence")
     with pytest.raises(ValueError, match=message):
-        tiny.make_trainer("sequence", tmp_path, trainer=trainer, **arguments)
+        tiny.make_trainer(kind, tmp_path, trainer=trainer, **arguments)
 
 
 def test_arguments_changed_later_are_refused(tmp_path):
