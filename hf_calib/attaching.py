@@ -28,7 +28,7 @@ FOLDED_KEY = "hf_calib_folded"  # in the model's config: it travels with the wei
 
 
 class _Attached(nn.Module):
-    """What a calibrated model carries: the calibrator, whether it is suspended, and whether training has gone on."""
+    """What a calibrated model carries: the calibrator, whether it is suspended, and whether training went on since."""
 
     def __init__(self, calibrator: Calibrator, of_positions: bool):
         super().__init__()
@@ -42,6 +42,13 @@ class _Attached(nn.Module):
         if any(tensor.device != logits.device for tensor in self.calibrator.tensors().values()):
             self.to(logits.device)  # a model that is spread over devices may give its logits on any of them
         return self.calibrator.calibrate_positions(logits) if self.of_positions else self.calibrator(logits)
+
+    def watch(self, logits: torch.Tensor) -> None:
+        """Notices when a gradient comes back: these are then soon other weights than the calibrator was fitted for."""
+        if torch.compiler.is_compiling():
+            self.outdated = True
+        elif logits.requires_grad:
+            logits.register_hook(lambda gradient: setattr(self, "outdated", True))
 
 
 def attach_calibrator(model: nn.Module, calibrator: Calibrator) -> nn.Module:
@@ -252,13 +259,13 @@ def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
 
 def _calibrate_output(model: nn.Module, args: tuple, output: Any) -> Any:
     attached = model._modules[SUBMODULE]
+    names = ("start_logits", "end_logits") if attached.of_positions else ("logits",)
+    first = 1 if isinstance(output, tuple) and output[0].dim() == 0 else 0  # (loss, logits, ...) or (logits, ...)
     if model.training and torch.is_grad_enabled() and not attached.outdated:
-        attached.outdated = True
+        attached.watch(output[first] if isinstance(output, tuple) else output[names[0]])
     if attached.suspended:
         return output
-    names = ("start_logits", "end_logits") if attached.of_positions else ("logits",)
-    if isinstance(output, tuple):  # return_dict=False: (loss, logits, ...) or (logits, ...)
-        first = 1 if output[0].dim() == 0 else 0
+    if isinstance(output, tuple):  # return_dict=False
         last = first + len(names)
         calibrated = (attached(logits) for logits in output[first:last])
         return (*output[:first], *calibrated, *output[last:])

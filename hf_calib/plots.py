@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from .functional.binning import bin_sums, interior_edges
 from .functional.calibration import ReliabilityCurve, binned_error, curve_of_sums, events
@@ -91,10 +92,12 @@ def prepare_reliability(
     """
     scores, outcomes = (side.cpu() for side in events(probs, labels, ignore_index=ignore_index))
     rows = torch.stack([torch.ones_like(scores), scores, outcomes]).double()
+    edges = F.pad(interior_edges(scores, num_bins, "width")[0].double(), (1, 1))
+    edges[-1] = 1
     return _reliability(
         rows[..., 0],
         lambda number: bin_sums(scores, outcomes, interior_edges(scores, number, "width"))[:, 0],
-        num_bins,
+        edges,
         num_resamples,
         seed,
     )
@@ -125,16 +128,17 @@ def prepare_reliability_from(metric: EventMetric, *, num_resamples: int = 500, s
             f"{EventMetric.num_cells} cells of top labels or of one event, such as METRICS['ece']()"
         )
     sums = seen.cpu().view(3, -1)
-    return _reliability(sums, lambda number: sums.unflatten(-1, (number, -1)).sum(-1), NUM_BINS, num_resamples, seed)
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)
+    return _reliability(sums, lambda number: sums.unflatten(-1, (number, -1)).sum(-1), edges, num_resamples, seed)
 
 
 def _reliability(
-    sums: torch.Tensor, binned: Callable[[int], torch.Tensor], num_bins: int, num_resamples: int, seed: int
+    sums: torch.Tensor, binned: Callable[[int], torch.Tensor], edges: torch.Tensor, num_resamples: int, seed: int
 ) -> ReliabilityData:
     """From count, sum of confidences and of right rows of each cell, `(3, cells)`, and those of so many equal bins."""
     check_count("num_resamples", num_resamples)
     num_rows, confidence, right = sums.sum(1)
-    bins, sigma = binned(num_bins), (0.5 * num_rows ** (-1 / 3)).clamp_min(MIN_BANDWIDTH)
+    bins, sigma = binned(len(edges) - 1), (0.5 * num_rows ** (-1 / 3)).clamp_min(MIN_BANDWIDTH)
     counts, residuals = _on_grid(sums)
     rows = counts.sum(0)
     shown = _well_supported(rows, float(sigma))
@@ -142,7 +146,7 @@ def _reliability(
     resampled = _smooth_curve(_resample(counts, num_resamples, seed), residuals, sigma)
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return ReliabilityData(
-        binned=curve_of_sums(bins, torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)),
+        binned=curve_of_sums(bins, edges),
         grid=_grid(),
         curve=curve.where(shown, torch.nan),
         low=torch.minimum(low, curve).where(shown, torch.nan),
@@ -190,7 +194,7 @@ def _smooth_curve(counts: torch.Tensor, residuals: torch.Tensor, sigma: torch.Te
 def _well_supported(rows: torch.Tensor, bandwidth: float) -> torch.Tensor:
     """Where the curve stands on enough rows: those in a window of two bandwidths, which at the ends stays inside."""
     reach, size = int(bandwidth * NUM_CELLS), len(rows)
-    below = torch.nn.functional.pad(rows.cumsum(0), (1, 0))
+    below = F.pad(rows.cumsum(0), (1, 0))
     centre = torch.arange(size).clamp(reach, size - 1 - reach)
     enough = below[centre + reach + 1] - below[centre - reach] >= MIN_ROWS
     # gaps shorter than a bandwidth are closed, and then stretches shorter than one, splinters, are left out
@@ -201,7 +205,7 @@ def _well_supported(rows: torch.Tensor, bandwidth: float) -> torch.Tensor:
 
 
 def _grow(mask: torch.Tensor, reach: int) -> torch.Tensor:
-    return torch.nn.functional.max_pool1d(mask.double()[None], 2 * reach + 1, 1, reach)[0].bool()
+    return F.max_pool1d(mask.double()[None], 2 * reach + 1, 1, reach)[0].bool()
 
 
 def _grid() -> torch.Tensor:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_calib.functional import expected_calibration_error, smooth_calibration_error
+from hf_calib.functional import expected_calibration_error, reliability_curve, smooth_calibration_error
 from hf_calib.metrics import METRICS
 from hf_calib.plots import (
     HISTOGRAM_BINS,
@@ -90,6 +90,10 @@ def test_the_numbers_are_those_of_the_metrics():
     assert len(data.binned.counts) == 10
     assert len(data.histogram) == HISTOGRAM_BINS
     assert data.binned.counts.sum() == data.histogram.sum() == 300
+    rounded = probs.bfloat16()
+    expected = reliability_curve(rounded, labels)  # whose edges are rounded too
+    found = prepare_reliability(rounded, labels, num_resamples=2).binned
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_ignored_rows_change_nothing():

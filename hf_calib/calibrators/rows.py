@@ -11,6 +11,9 @@ import torch
 from ..functional.checks import check_labels, check_shares, describe
 
 
+BETWEEN = (__name__.partition(".")[0], "transformers", "accelerate")  # the user and a warning
+
+
 class FitRows(NamedTuple):
     """Rows of a fit.
 
@@ -168,8 +171,8 @@ def _check_possible(logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tens
 
 
 def warn_caller(message: str) -> None:
-    """A UserWarning at the line outside this package from which all this was called."""
-    package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+    """A UserWarning at the line from which all this was called, outside this package and of those that call it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

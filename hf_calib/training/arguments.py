@@ -97,6 +97,7 @@ class CalibrationTrainingArguments(TrainingArguments):
             )
         if self.greater_is_better is None and is_lower_better(self.metric_for_best_model):
             self.greater_is_better = False
+        check_best_metric(self)
         super().__post_init__()
 
     def make_loss(self):
@@ -119,8 +120,21 @@ class CalibrationTrainingArguments(TrainingArguments):
 
 
 def is_lower_better(metric: str | None) -> bool:
-    """Whether a name such as `"refinement"` or `"eval_nll"` is of a score that is better when it is lower."""
-    return metric is not None and any(metric == name or metric.endswith(f"_{name}") for name in LOWER_IS_BETTER)
+    """Whether a name such as `"refinement"`, `"eval_nll"` or `"eval_mine_nll"` is of a score that should be low."""
+    if metric is None:
+        return False
+    of_a_set = metric.startswith("eval_") and metric.endswith(tuple(f"_{name}" for name in LOWER_IS_BETTER))
+    return metric in LOWER_IS_BETTER or of_a_set
+
+
+def check_best_metric(args: TrainingArguments) -> None:
+    """Raises a ValueError where the best model would be the one of the worst score."""
+    metric = args.metric_for_best_model
+    if args.greater_is_better and metric is not None and metric.removeprefix("eval_") in LOWER_IS_BETTER:
+        raise ValueError(
+            f"greater_is_better: got True, which keeps the worst where metric_for_best_model={metric!r}; allowed is "
+            "False"
+        )
 
 
 def check_calibrator_name(name: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..attaching import attached_calibrator, uncalibrated
 from ..calibrators import Calibrator
-from .arguments import is_lower_better
+from .arguments import check_best_metric
 from .diagrams import log_diagram
 from .evaluating import EvaluationSums, prefix_of
-from .fitting import check_calibrator, check_fit, fit_and_attach, row_batches, warn_of_outdated
+from .fitting import check_calibrator, check_fit, fit_and_attach, row_batches
 from .targets import check_model, has_several_labels
 
 
@@ -22,7 +20,7 @@ class CalibrationCallback(TrainerCallback):
     The scores cost a second pass over the evaluation rows, since a `Trainer` keeps what it has computed to itself.
     They are in the metrics before the best model is chosen: `metric_for_best_model="refinement"` works, with
     `greater_is_better=False`. A callback that reads them, such as `EarlyStoppingCallback`, is added after this one.
-    While it trains, an attached calibrator is suspended.
+    While it trains, the scores are of raw logits; outside of training, of what an attached calibrator makes of them.
 
     When to use: with a `Trainer` that cannot be a `CalibrationTrainer`, such as TRL's `SFTTrainer`:
     `trainer.add_callback(CalibrationCallback(trainer, dataset))`.
@@ -41,26 +39,17 @@ class CalibrationCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, dataset: Any = None, *, calibrator: str = "temperature"):
         check_model(trainer.model)
         check_calibrator(trainer.model, calibrator)
-        if trainer.args.greater_is_better and is_lower_better(trainer.args.metric_for_best_model):
-            raise ValueError(
-                f"greater_is_better: got True, which keeps the worst {trainer.args.metric_for_best_model}; allowed is "
-                "False, which TrainingArguments does not know by itself"
-            )
+        check_best_metric(trainer.args)
         self.trainer, self.dataset, self.calibrator = trainer, dataset, calibrator
         self.fitted: Calibrator | None = None
         self._batches: Any = None
-        self._before: Calibrator | None = None
-        self._in_training = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuses what could not be fitted in the end; suspends a calibrator that is attached."""
+        """Refuses what could not be fitted in the end."""
         if self.dataset is not None:
             check_fit(self.trainer, self.dataset, self.calibrator)
-        self._in_training.close()  # of a training that was interrupted
-        self._before = attached_calibrator(self.trainer.model)
-        self._in_training.enter_context(uncalibrated(self.trainer.model))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,10 +74,11 @@ class CalibrationCallback(TrainerCallback):
         """Adds the scores of the rows that these metrics are of, and logs them and the reliability diagram."""
         batches, self._batches = self._batches, None
         prefix = prefix_of(metrics)
-        if batches is None or f"{prefix}_refinement" in metrics:  # no rows, or a CalibrationTrainer has done it
+        # no rows, no evaluation of Trainer's, or a CalibrationTrainer has done it
+        if batches is None or prefix is None or f"{prefix}_refinement" in metrics:
             return
         sums = EvaluationSums(of_events=has_several_labels(self.trainer.model))
-        for rows in row_batches(self.trainer, batches, "Scoring", raw=False):
+        for rows in row_batches(self.trainer, batches, "Scoring", raw=self.trainer.is_in_train):
             sums.add(rows)
         found = {f"{prefix}_{name}": value for name, value in (sums.compute() or {}).items()}
         new = {key: value for key, value in found.items() if key not in metrics}
@@ -99,9 +89,6 @@ class CalibrationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fits the calibrator and attaches it; without a data set, warns of one that was attached before."""
-        self._in_training.close()
+        """Fits the calibrator and attaches it."""
         if self.dataset is not None:
             self.fitted = fit_and_attach(self.trainer, self.dataset, self.calibrator)
-        else:
-            warn_of_outdated(self.trainer.model, self._before)

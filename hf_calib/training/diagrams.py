@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from ..calibrators.rows import warn_caller
 from ..metrics import EventMetric
 from ..plots import plot_reliability, prepare_reliability_from
 
@@ -37,7 +37,7 @@ def log_diagram(trainer: Trainer, prefix: str, confidences: EventMetric | None) 
     try:
         ax = plot_reliability(prepare_reliability_from(confidences), title=f"{prefix}, step {step:,}")
     except ImportError as error:
-        warnings.warn(f"No reliability diagram is logged: {error}", stacklevel=2)
+        warn_caller(f"No reliability diagram is logged: {error}")
         return
     (name,) = rewrite_logs({f"{prefix}_reliability": None})  # named as Trainer names the scores for its trackers
     for send, callback in senders:

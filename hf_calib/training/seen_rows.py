@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
+
+from ..calibrators.rows import warn_caller
 
 
 NOT_INPUTS = {"labels", "label", "label_ids", "start_positions", "end_positions", "attention_mask"}
@@ -22,10 +23,9 @@ def refuse_seen_rows(train_dataset: Any, dataset: Any, model: nn.Module) -> None
         return
     columns = _input_columns(train_dataset, dataset, model)
     if not columns:
-        warnings.warn(
+        warn_caller(
             "It cannot be checked whether training has seen rows of the calibration dataset: it or train_dataset "
-            "is not a map-style dataset of dictionaries, or they have no column in common that the model takes.",
-            stacklevel=4,
+            "is not a map-style dataset of dictionaries, or they have no column in common that the model takes."
         )
         return
     train_rows = set(_row_hashes(train_dataset, columns))

@@ -24,8 +24,8 @@ CLASSIFIERS = (*OF_WHOLE, "ForTokenClassification")
 POSITIONS = ("start_positions", "end_positions")
 # Decoders whose own loss takes a label for the logits at its own place: their labels come shifted (transformers 5.23)
 LABELS_COME_SHIFTED = (
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus",
-    "plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "flaubert", "marian", "mbart", "mvp",
+    "pegasus", "plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet",
 )  # fmt: skip
 PROBLEMS = (None, "single_label_classification", "multi_label_classification")
 

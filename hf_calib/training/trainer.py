@@ -25,7 +25,8 @@ from ..attaching import (
     without_adapters,
 )
 from ..calibrators import Calibrator
-from ..calibrators.loading import load_calibrator
+from ..calibrators.loading import load_with_record
+from ..calibrators.rows import warn_caller
 from ..calibrators.storage import JSON_NAME
 from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
@@ -267,10 +268,12 @@ class CalibrationTrainer(Trainer):
         if attached_calibrator(self.model) is not None or not (folder / JSON_NAME).exists():
             return
         try:
-            calibrator = load_calibrator(folder)
+            calibrator, record = load_with_record(folder)
+            if record.get("applied") != "attached":
+                raise ValueError("it was in the weights, and training has changed these")
             check_can_calibrate(self.model, calibrator)
         except (ValueError, FileNotFoundError) as error:
-            warnings.warn(f"The calibrator in {folder} is not attached: {error}", stacklevel=2)
+            warn_caller(f"The calibrator in {folder} is not attached: {error}")
             return
         attach_copy(self.model, calibrator)
         self._leave_raw(self.model)

@@ -65,7 +65,10 @@ def test_class_weights_are_written_as_json(weights):
 @pytest.mark.parametrize("name", ["refinement", "eval_nll", "eval_first_ece", "brier", "loss", "eval_loss"])
 def test_scores_that_are_better_when_lower(name):
     assert make(metric_for_best_model=name).greater_is_better is False
-    assert make(metric_for_best_model=name, greater_is_better=True).greater_is_better is True
+
+
+def test_what_is_said_of_other_scores_is_kept():
+    assert make(metric_for_best_model="eval_neg_nll", greater_is_better=True).greater_is_better is True
 
 
 @pytest.mark.parametrize("name", ["accuracy", "eval_f1", "silence"])
@@ -109,6 +112,10 @@ def test_every_calibrator_is_allowed(name):
             "calibration_loss_kwargs: got {'gamma': 2} without a",
         ),
         ({"calibration_loss": ["focal"]}, r"calibration_loss=\['focal'\].*allowed are 'cross_entropy'"),
+        (
+            {"metric_for_best_model": "refinement", "greater_is_better": True},
+            "greater_is_better: got True, which keeps the worst where metric_for_best_model='refinement'; allowed is",
+        ),
         ({"calibrator": "temprature"}, "calibrator: got 'temprature'; allowed are 'auto', .*'temperature'"),
         (
             {"label_smoothing_factor": 0.1, "calibration_loss": "focal"},

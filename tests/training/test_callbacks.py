@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import BertConfig, BertModel, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_calib import AutoCalibrator, attached_calibrator, load_calibrated, uncalibrated
 from hf_calib.training import CalibrationCallback
@@ -138,8 +138,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="calibrator: got 'vector'; allowed for a language model are temperature"):
         CalibrationCallback(language, calibrator="vector")
     best = stock_trainer("several", tmp_path, None, metric_for_best_model="eval_nll")
-    with pytest.raises(ValueError, match="greater_is_better: got True, which keeps the worst eval_nll"):
+    with pytest.raises(ValueError, match="greater_is_better: got True, which keeps the worst where"):
         CalibrationCallback(best)
+    CalibrationCallback(stock_trainer("several", tmp_path, None, metric_for_best_model="neg_nll"))  # somebody's own
 
 
 def test_a_second_training_does_not_see_the_calibrator_of_the_first(tmp_path):
@@ -162,17 +163,25 @@ def test_a_second_training_does_not_see_the_calibrator_of_the_first(tmp_path):
     load_calibrated(tmp_path / "saved")  # a warning would be an error
 
 
-def test_without_rows_an_old_calibrator_is_warned_of(tmp_path):
+def test_an_interrupted_training_leaves_the_calibrator_on(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
     trainer = stock_trainer("image", tmp_path, None)
     ours = tiny.make_trainer("sequence", tmp_path, model=trainer.model, trainer={"train_dataset": None})
     rows = tiny.held_out_task_rows("image", 29)
     ours.calibrate(rows)
     trainer.add_callback(CalibrationCallback(trainer))
-    with pytest.warns(UserWarning, match="fitted before this training"):
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with uncalibrated(trainer.model):
-        raw = trainer.evaluate(rows)
-    assert trainer.evaluate(rows)["eval_nll"] < raw["eval_nll"] - 0.01, "it is back after the training"
+    pixels = rows[0]["pixel_values"][None]
+    with torch.no_grad():
+        calibrated = trainer.model.eval()(pixels).logits
+        with uncalibrated(trainer.model):
+            raw = trainer.model(pixels).logits
+    assert not torch.allclose(calibrated, raw)
 
 
 def test_a_metric_that_is_called_a_runtime(tmp_path):

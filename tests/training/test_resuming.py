@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_calib import attach_calibrator, attached_calibrator, load_calibrated
+from hf_calib import attach_calibrator, attached_calibrator, fold_calibrator, load_calibrated
 from hf_calib.calibrators import TemperatureScaling
 
 from . import one_step as tiny
@@ -102,6 +102,22 @@ def test_a_calibrator_that_does_not_fit_is_left_and_the_training_goes_on(tmp_pat
     assert attached_calibrator(trainer.model) is None
 
 
+def test_a_calibrator_that_was_in_the_weights_is_not_applied_to_them_again(tmp_path):
+    model = fold_calibrator(
+        tiny.tiny_model("sequence"), TemperatureScaling().fit(torch.eye(3), torch.tensor([0, 1, 0]))
+    )
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
+    )
+    Trainer(model, args, train_dataset=tiny.tiny_rows("sequence", 16)).train()
+    assert (tmp_path / "checkpoint-1" / "calibrator.json").exists()
+    trainer = tiny.make_trainer("sequence", tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="checkpoint-1 is not attached: it was in the weights") as warned:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [warning.filename for warning in warned if "not attached" in str(warning.message)] == [__file__]
+    assert attached_calibrator(trainer.model) is None
+
+
 def test_a_stock_training_tells_that_the_calibrator_is_of_other_weights(tmp_path):
     model = tiny.tiny_model("sequence")
     attach_calibrator(model, TemperatureScaling().fit(3 * torch.eye(3), torch.tensor([0, 1, 0])))
@@ -110,8 +126,7 @@ def test_a_stock_training_tells_that_the_calibrator_is_of_other_weights(tmp_path
     model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
     model.eval()(**inputs).logits.sum().backward()  # as an explanation of a prediction does
-    with torch.no_grad():
-        model.train()(**inputs)  # as passes with dropout do
+    model.train()(**inputs)  # as passes with dropout do
     model.save_pretrained(tmp_path / "used")
     load_calibrated(tmp_path / "used")  # a warning would be an error
     model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_calib import attached_calibrator
 from hf_calib.calibrators import TemperatureScaling, make_calibrator
@@ -63,7 +63,8 @@ def decoder_alone(model_type):
         del known["num_hidden_layers"]
     config = type(config)(**known, vocab_size=50, pad_token_id=0, is_decoder=True)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    auto_class = AutoModelForMaskedLM if model_type == "flaubert" else AutoModelForCausalLM
+    return auto_class.from_config(config).eval()
 
 
 @pytest.mark.parametrize("model_type", [*LABELS_COME_SHIFTED, "bert", "electra", "gpt2", "opt", "xglm"])
