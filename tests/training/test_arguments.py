@@ -71,7 +71,7 @@ def test_what_is_said_of_other_scores_is_kept():
     assert make(metric_for_best_model="eval_neg_nll", greater_is_better=True).greater_is_better is True
 
 
-@pytest.mark.parametrize("name", ["accuracy", "eval_f1", "silence"])
+@pytest.mark.parametrize("name", ["accuracy", "eval_f1", "silence", "neg_nll"])
 def test_others_are_left_to_transformers(name):
     assert make(metric_for_best_model=name).greater_is_better is True
 

@@ -157,6 +157,8 @@ def test_a_second_training_does_not_see_the_calibrator_of_the_first(tmp_path):
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert scored[-1]["eval_nll"] == pytest.approx(losses[-1], rel=1e-5)  # the stock loss is of raw logits
     assert attached_calibrator(trainer.model) is callback.fitted is not first
+    found = trainer.evaluate()  # outside of a training, as the calibrator has it
+    assert found["eval_nll"] < found["eval_loss"] - 0.01
     with pytest.warns(UserWarning, match="fitted for other weights"):
         load_calibrated(tmp_path / "checkpoint-1")
     trainer.save_model(str(tmp_path / "saved"))

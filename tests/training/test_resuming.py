@@ -127,6 +127,9 @@ def test_a_stock_training_tells_that_the_calibrator_is_of_other_weights(tmp_path
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
     model.eval()(**inputs).logits.sum().backward()  # as an explanation of a prediction does
     model.train()(**inputs)  # as passes with dropout do
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model(**inputs)  # as a part of another model that is trained
     model.save_pretrained(tmp_path / "used")
     load_calibrated(tmp_path / "used")  # a warning would be an error
     model = attach_calibrator(tiny.tiny_model("sequence"), attached_calibrator(model))
