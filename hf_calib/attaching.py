@@ -101,7 +101,7 @@ def detach_calibrator(model: nn.Module) -> nn.Module:
 
 def attached_calibrator(model: nn.Module) -> Calibrator | None:
     """The calibrator that is attached to this model, or to the model inside its adapters, if one is."""
-    attached = without_adapters(model)._modules.get(SUBMODULE)
+    attached = _attached_to(model)
     return None if attached is None else attached.calibrator
 
 
@@ -249,6 +249,10 @@ def label_names_of(config: PreTrainedConfig) -> list[str]:
     return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 
+def _attached_to(model: nn.Module) -> _Attached | None:
+    return without_adapters(model)._modules.get(SUBMODULE)
+
+
 def _own_copy(model: nn.Module, calibrator: Calibrator) -> Calibrator:
     """A copy that knows the model's label names, so that whoever loads it can tell what its columns are."""
     model, calibrator = without_adapters(model), copy.deepcopy(calibrator)
@@ -291,7 +295,7 @@ def write_beside(model: nn.Module, folder: Path) -> None:
     """Writes a calibrated model's calibrator into the folder that its weights, or adapters, have been saved to."""
     weights = weights_sha256(folder)
     calibrator, applied = folded_calibrator(model), "folded"
-    if (attached := without_adapters(model)._modules.get(SUBMODULE)) is not None:
+    if (attached := _attached_to(model)) is not None:
         calibrator, applied = attached.calibrator, "attached"
         # kept from now on, whatever becomes of the weights
         calibrator.provenance.setdefault("weights", TRAINED_ON if attached.outdated else weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -108,8 +108,6 @@ def _escape(cell: str) -> str:
     return cell.replace("[", r"\[")
 
 
-@contextmanager
-def bars_on_a_terminal() -> Iterator[None]:
+def bars_on_a_terminal() -> AbstractContextManager[None]:
     """In a file or a pipe, bars are debris."""
-    with nullcontext() if sys.stderr.isatty() else no_bars():
-        yield
+    return nullcontext() if sys.stderr.isatty() else no_bars()

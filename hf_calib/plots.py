@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .functional.binning import bin_sums, interior_edges
+from .functional.binning import all_edges, bin_sums, interior_edges
 from .functional.calibration import ReliabilityCurve, binned_error, curve_of_sums, events
 from .functional.checks import check_count
 from .functional.smoothing import NUM_CELLS, masses_of_cells, smooth, smooth_error
@@ -92,12 +92,10 @@ def prepare_reliability(
     """
     scores, outcomes = (side.cpu() for side in events(probs, labels, ignore_index=ignore_index))
     rows = torch.stack([torch.ones_like(scores), scores, outcomes]).double()
-    edges = F.pad(interior_edges(scores, num_bins, "width")[0].double(), (1, 1))
-    edges[-1] = 1
     return _reliability(
         rows[..., 0],
         lambda number: bin_sums(scores, outcomes, interior_edges(scores, number, "width"))[:, 0],
-        edges,
+        all_edges(interior_edges(scores, num_bins, "width")[0]),
         num_resamples,
         seed,
     )

@@ -33,6 +33,12 @@ def interior_edges(scores: torch.Tensor, num_bins: int, binning: str) -> torch.T
     return scores.sort(dim=0).values[last_of_bin.clamp_min(0)].T.contiguous()
 
 
+def all_edges(interior: torch.Tensor) -> torch.Tensor:
+    """The `num_bins + 1` edges of one column, float64, from 0 to 1, of its `(num_bins - 1,)` interior ones."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=interior.device)
+    return torch.cat([ends[:1], interior.double(), ends[1:]])
+
+
 def bin_numbers(scores: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """The bin of each score: `(N, K)` scores and `(K, num_bins - 1)` edges give `(N, K)` int64 in `[0, num_bins)`."""
     if edges.shape[1] > FEW_EDGES:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .binning import bin_sums, interior_edges
+from .binning import all_edges, bin_sums, interior_edges
 from .checks import check_choice, check_probs
 from .scoring import row_top
 from .smoothing import grid_masses, smooth_error
@@ -243,10 +243,7 @@ def reliability_curve(
     """
     scores, outcomes = events(probs, labels, ignore_index=ignore_index)
     edges = interior_edges(scores, num_bins, binning)
-    bounds = torch.tensor([0.0, 1.0], dtype=torch.float64, device=scores.device)
-    return curve_of_sums(
-        bin_sums(scores, outcomes, edges)[:, 0], torch.cat([bounds[:1], edges[0].double(), bounds[1:]])
-    )
+    return curve_of_sums(bin_sums(scores, outcomes, edges)[:, 0], all_edges(edges[0]))
 
 
 def curve_of_sums(sums: torch.Tensor, edges: torch.Tensor) -> ReliabilityCurve:

@@ -25,7 +25,6 @@ from ..attaching import (
     without_adapters,
 )
 from ..calibrators import Calibrator, make_calibrator, select_calibrator
-from ..calibrators.rows import warn_caller
 from ..calibrators.selection import PREFER_SINGLE
 from .arguments import check_calibrator_name
 from .evaluating import kept_rows
@@ -83,15 +82,6 @@ def fit_and_attach(trainer: Trainer, dataset: Any, name: str) -> Calibrator:
         detach_calibrator(model)
     attach_calibrator(model, fitted)
     return attached_calibrator(model)
-
-
-def warn_of_outdated(model: nn.Module, before: Calibrator | None) -> None:
-    """Warns if the calibrator that a model had before a training is attached still."""
-    if before is not None and attached_calibrator(model) is before:
-        warn_caller(
-            "The attached calibrator was fitted before this training and does not fit the model any more. "
-            "Fit it again: trainer.calibrate(dataset)."
-        )
 
 
 def _every_row(trainer: Trainer, dataset: Any) -> Iterable[dict]:

@@ -86,8 +86,8 @@ def check_class_numbers(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; allowed are class numbers. Shares take a "
             'calibration_loss, and several labels model.config.problem_type="multi_label_classification"'
         )
-    if labels.dtype == torch.bool or labels.dim() != (1 if has_head(base, OF_WHOLE) else 2):
-        shape = "(B,)" if has_head(base, OF_WHOLE) else "(B, L)"
+    dims, shape = (1, "(B,)") if has_head(base, OF_WHOLE) else (2, "(B, L)")
+    if labels.dtype == torch.bool or labels.dim() != dims:
         raise ValueError(
             f"labels: got {labels.dtype} of shape {tuple(labels.shape)}; allowed are class numbers, integers {shape}"
         )

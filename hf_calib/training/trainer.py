@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..functional.losses import cross_entropy_loss
 from .arguments import CalibrationTrainingArguments
 from .diagrams import log_diagram
 from .evaluating import EvaluationSums, prefix_of
-from .fitting import check_calibrator, check_fit, fit_and_attach, own_rows, warn_of_outdated
+from .fitting import check_calibrator, check_fit, fit_and_attach, own_rows
 from .mixup import check_mixes, draw_mixture, mixed_inputs
 from .targets import (
     TaskRows,
@@ -258,7 +257,11 @@ class CalibrationTrainer(Trainer):
             if self.model is not None:
                 self._leave_raw(self.model)
             output = super().train(*args, **kwargs)
-        warn_of_outdated(self.model, self._attached_before)
+        if self._attached_before is not None and attached_calibrator(self.model) is self._attached_before:
+            warn_caller(
+                "The attached calibrator was fitted before this training and does not fit the model any more. "
+                "Fit it again: trainer.calibrate(dataset)."
+            )
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -283,10 +286,9 @@ class CalibrationTrainer(Trainer):
         self._attached_before = attached_calibrator(model)
         if is_folded(base := without_adapters(model)):
             forget_folded(base)
-            warnings.warn(
+            warn_caller(
                 "The calibrator in the model's weights is forgotten, because training changes them. "
-                "Fit one afterwards: trainer.calibrate(dataset).",
-                stacklevel=3,
+                "Fit one afterwards: trainer.calibrate(dataset)."
             )
         self._in_training.enter_context(uncalibrated(model))
 
