@@ -28,7 +28,8 @@ from hf_calib import (
     fold_calibrator,
 )
 from hf_calib.calibrators import GroupTemperature, PlattScaling
-from hf_calib.pipelines import CalibratedQuestionAnsweringPipeline, _surprise, _text_tokens, log_odds
+from hf_calib.pipelines import CalibratedQuestionAnsweringPipeline, log_odds
+from hf_calib.pipelines.generating import _surprise, _text_tokens
 
 from .conftest import WORDS
 from .test_attaching import fitted_temperature
